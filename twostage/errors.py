@@ -1,0 +1,52 @@
+"""The library's own exceptions and warnings; all other exceptions are the caller's functions'."""
+
+import sys
+import warnings
+from types import FrameType
+from typing import TypeVar
+
+__all__ = ["BatchLengthError", "warn", "without_our_frames"]
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+
+class BatchLengthError(ValueError):
+    """A batch call returned another number of tokens than it got items.
+
+    Which token belongs to which item is then anybody's guess, so all items of the batch fail.
+
+    Attributes:
+        expected: The number of items that the call got.
+        returned: The number of tokens that it returned.
+    """
+
+    def __init__(self, expected: int, returned: int) -> None:
+        super().__init__(expected, returned)
+        self.expected = expected
+        self.returned = returned
+
+    def __str__(self) -> str:
+        return (
+            f"fetch_token got {self.expected} items and returned {self.returned} tokens; "
+            "it must return one token for each item, in the items' order"
+        )
+
+
+def warn(message: str) -> None:
+    """Warns as from the line that called into the library, however deep in it the cause was seen."""
+    level, frame = 1, sys._getframe()  # noqa: SLF001 - `skip_file_prefixes` came with 3.12 only
+    while frame.f_back is not None and _is_ours(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def without_our_frames(error: ErrorT) -> ErrorT:
+    """Returns `error` with a traceback that begins where our code called the user's or a library's."""
+    traceback = error.__traceback__
+    while traceback is not None and _is_ours(traceback.tb_frame):
+        traceback = traceback.tb_next
+    return error.with_traceback(traceback)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "twostage"

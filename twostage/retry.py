@@ -1,0 +1,185 @@
+"""What is to become of a failed attempt: tenacity's policies, asked without ever sleeping."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import tenacity
+from tenacity import RetryCallState, Retrying
+from tenacity.retry import (
+    retry_all,
+    retry_any,
+    retry_if_exception,
+    retry_if_exception_cause_type,
+    retry_if_exception_message,
+    retry_if_exception_type,
+    retry_never,
+)
+from tenacity.stop import stop_after_attempt, stop_never
+from tenacity.wait import wait_random_exponential
+
+from twostage.errors import warn
+from twostage.transient import is_transient
+
+if TYPE_CHECKING:
+    from twostage.calls import Call
+
+__all__ = ["Answer", "Fail", "Judge", "Retry", "RetryPolicy", "Verdict", "check_policy", "default_policy"]
+
+RetryPolicy: TypeAlias = Retrying | int | None
+"""A tenacity policy, the default one with that many attempts in all, or none."""
+
+DEFAULT_ATTEMPTS = 10
+
+# Full jitter, as https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter finds best.
+# Ten attempts of it wait 22 s on average: enough for a restart or a deployment of the API.
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Make another attempt, at `due` on the job's clock."""
+
+    due: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Give up: the call ends with `error`."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Take `value` as what the call returned."""
+
+    value: Any
+
+
+Verdict: TypeAlias = Retry | Fail | Answer
+
+
+class Judge:
+    """Gives the verdict on the ends of a stage's attempts, as its tenacity policy has it.
+
+    Only the decision is tenacity's: `Retrying.iter` is asked once for each end, with the times and
+    the attempt number that the coordinator knows. Its sleep and its `before` are never called.
+
+    Attributes:
+        judges_results: Whether the policy has to see what calls return. If not, a success costs nothing.
+    """
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        if isinstance(policy, int):
+            policy = default_policy(policy)
+        # A copy, since tenacity keeps what it is doing on the policy, and jobs may share one.
+        self._policy = policy.copy() if policy is not None and getattr(policy, "enabled", True) else None
+        self.judges_results = self._policy is not None and not _sees_exceptions_only(self._policy.retry)
+
+    def judge(self, call: Call, answer: object, error: Exception | None, now: float) -> Verdict:
+        """Returns what is to become of `call`, whose last attempt gave `answer` or failed with `error`."""
+        policy = self._policy
+        if policy is None:
+            return Answer(answer) if error is None else Fail(error)
+        state = call.retry_state
+        if state is None:
+            state = call.retry_state = RetryCallState(policy, None, (), {})
+            state.start_time = call.began  # the first attempt's
+        traceback = None if error is None else error.__traceback__
+        state.attempt_number = call.attempts
+        state.outcome = tenacity.Future.construct(
+            call.attempts, answer if error is None else error, error is not None
+        )
+        state.outcome_timestamp = now
+        policy.begin()  # `iter` counts in statistics that are each thread's own
+        try:
+            verdict = policy.iter(state)
+        except policy.retry_error_cls as given_up:
+            # Its traceback holds it: a cycle that would keep the call until the collector runs.
+            given_up.__traceback__ = None
+            return Fail(given_up if error is None else _asked_for(error))
+        except Exception as raised:
+            if raised is not error:
+                raise  # the policy is broken, not the call
+            error.__traceback__ = traceback  # without tenacity's frames
+            return Fail(error)
+        finally:
+            state.outcome = None  # what a call returned is kept by nobody but its outcome
+            del error, answer
+        return Retry(now + verdict) if isinstance(verdict, tenacity.DoSleep) else Answer(verdict)
+
+
+def _asked_for(error: Exception) -> Exception:
+    """Returns the failure behind a `raise TryAgain`, as tenacity's `reraise` does."""
+    behind = error.__cause__ or error.__context__
+    return behind if isinstance(error, tenacity.TryAgain) and isinstance(behind, Exception) else error
+
+
+def _sees_exceptions_only(predicate: object) -> bool:
+    """Whether `predicate` is sure to let every result pass.
+
+    Exact types, since many a subclass of `retry_if_exception` asks for a retry of each success.
+    """
+    if type(predicate) in (retry_any, retry_all):
+        retries = predicate.retries  # type: ignore[attr-defined] # narrowed by type, not by isinstance
+        return all(map(_sees_exceptions_only, retries))
+    return predicate is retry_never or type(predicate) in (
+        retry_if_exception,
+        retry_if_exception_type,
+        retry_if_exception_message,
+        retry_if_exception_cause_type,
+    )
+
+
+def default_policy(attempts: int = DEFAULT_ATTEMPTS) -> Retrying:
+    """Returns the policy for transient failures: `attempts` in all, with growing waits between them."""
+    return Retrying(
+        retry=retry_if_exception(is_transient),
+        stop=stop_after_attempt(attempts),
+        wait=wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
+    )
+
+
+def check_policy(policy: object, name: str) -> RetryPolicy:
+    """Returns `policy` if it can be one.
+
+    Args:
+        policy: What the user gave.
+        name: How the argument is called, for messages.
+
+    Raises:
+        TypeError: It is none of those that `RetryPolicy` names, or has coroutine functions in it.
+        ValueError: It is a number below 1.
+    """
+    expected = "a tenacity Retrying, a number of attempts, or None"
+    if policy is None:
+        return None
+    if isinstance(policy, int) and not isinstance(policy, bool):
+        if policy < 1:
+            raise ValueError(f"{name} is {policy}; expected at least 1 attempt (1 means no retry)")
+        return policy
+    if isinstance(policy, tenacity.AsyncRetrying):
+        raise TypeError(f"{name} is an AsyncRetrying, which decides in coroutines; pass a Retrying instead")
+    if not isinstance(policy, Retrying):
+        raise TypeError(f"{name} is {policy!r}; expected {expected}")
+    for part in ("retry", "stop", "wait", "after", "before_sleep", "retry_error_callback"):
+        if _is_async(getattr(policy, part)):
+            raise TypeError(f"{name} has a coroutine function as its {part}; expected a plain function there")
+    if policy.stop is stop_never:
+        warn(
+            f"{name} has no stop: a call that always fails is tried for ever; add e.g. stop=stop_after_attempt(8)"
+        )
+    return policy
+
+
+def _is_async(part: object) -> bool:
+    inner = (*getattr(part, "retries", ()), getattr(part, "predicate", None))
+    return (
+        inspect.iscoroutinefunction(part)
+        or inspect.iscoroutinefunction(getattr(type(part), "__call__", None))  # noqa: B004 - not "is it callable?"
+        or any(_is_async(one) for one in inner if one is not None)
+    )
