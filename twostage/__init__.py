@@ -1,0 +1,21 @@
+"""Two API calls for every item, the second needing what the first returned.
+
+The names below are the public ones; the modules are the library's own business.
+"""
+
+from twostage.calls import Outcome
+from twostage.errors import BatchLengthError
+from twostage.outcomes import Outcomes
+from twostage.run import iter_two_stage, run_two_stage
+from twostage.stage import Stage
+from twostage.transient import is_transient
+
+__all__ = [
+    "BatchLengthError",
+    "Outcome",
+    "Outcomes",
+    "Stage",
+    "is_transient",
+    "iter_two_stage",
+    "run_two_stage",
+]

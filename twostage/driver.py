@@ -1,0 +1,119 @@
+"""What drives a coordinator: a thread of its own and the machine's clock, unless a world says otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from contextvars import ContextVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twostage.completions import Completions
+from twostage.coordinator import Message
+from twostage.runners import ExecutorRunner, PoolRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    from twostage.completions import Event, Handler
+    from twostage.coordinator import Coordinator
+    from twostage.runners import Runner
+
+__all__ = ["Driver", "ThreadDriver", "world"]
+
+LONGEST_GET = 1.0
+"""Ctrl-C wakes no thread that waits for a lock on Windows before Python 3.14: look up now and then."""
+
+
+class Driver(Protocol):
+    """Runs one coordinator; used by the thread that reads the source and hands over."""
+
+    def start(self, coordinator: Coordinator) -> None:
+        """Begins to run `coordinator`; its runners were made by this driver."""
+
+    def runner(
+        self,
+        fetch: Callable[[Any], Any],
+        argument: Callable[[Any], Any],
+        ended: Handler,
+        workers: int,
+        executor: Executor | None,
+    ) -> Runner:
+        """Returns a runner whose events reach the coordinator."""
+
+    def send(self, event: Event) -> None:
+        """Tells the coordinator. Never waits, and may be called from a finaliser."""
+
+    def receive(self, *, block: bool) -> Message | None:
+        """Returns the coordinator's next message; `None` if there is none yet and `block` is off."""
+
+    def join(self) -> None:
+        """Waits, after the last message, until no thread of ours is left."""
+
+
+class ThreadDriver:
+    """Runs the coordinator in a daemon thread, in real time."""
+
+    def __init__(self) -> None:
+        self._completions = Completions()
+        self._messages: SimpleQueue[Message] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.send = self._completions.put
+
+    def runner(
+        self,
+        fetch: Callable[[Any], Any],
+        argument: Callable[[Any], Any],
+        ended: Handler,
+        workers: int,
+        executor: Executor | None,
+    ) -> Runner:
+        if executor is None:
+            return PoolRunner(fetch, argument, ended, self._completions, workers, time.monotonic)
+        return ExecutorRunner(fetch, argument, ended, self._completions, executor, time.monotonic)
+
+    def start(self, coordinator: Coordinator) -> None:
+        # A daemon, or a script that has left its iterator somewhere would never end.
+        self._thread = threading.Thread(
+            target=_drive,
+            args=(coordinator, self._completions, self._messages.put),
+            name="twostage-coordinator",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def receive(self, *, block: bool) -> Message | None:
+        if not block:  # nobody else takes, so what is there stays there
+            return None if self._messages.empty() else self._messages.get()
+        while True:
+            alive = self._thread is not None and self._thread.is_alive()
+            with contextlib.suppress(Empty):
+                return self._messages.get(timeout=LONGEST_GET)
+            if not alive:  # it could not be started, or Ctrl-C came just before
+                return Message([], 0, ended=True, error=RuntimeError("the coordinator's thread is gone"))
+
+    def join(self) -> None:
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(LONGEST_GET)
+
+
+def _drive(coordinator: Coordinator, completions: Completions, tell: Callable[[Message], None]) -> None:
+    """Runs a coordinator to its end. A function: the thread holds nothing that a user may drop."""
+    clock = time.monotonic
+    message = coordinator.handle((), clock())
+    while message is None or not message.ended:
+        if message is not None:
+            tell(message)
+        due = coordinator.due()
+        events = completions.take(None if due is None else due - clock())
+        message = coordinator.handle(events, clock())
+        del events  # nor an exception, while it waits
+    for line in (coordinator.token_line, coordinator.result_line):
+        line.runner.join()
+    tell(message)
+
+
+world: ContextVar[Callable[[], Driver]] = ContextVar("world", default=ThreadDriver)
+"""Makes the driver of each new job: time, threads and the executors are its own."""

@@ -1,0 +1,173 @@
+"""`Outcomes`, the iterator; and `Job`, the caller's half of a job: it reads the source and hands over."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from twostage.calls import Outcome
+    from twostage.coordinator import Coordinator
+    from twostage.driver import Driver
+
+__all__ = ["Job", "Outcomes"]
+
+ItemT = TypeVar("ItemT")
+TokenT = TypeVar("TokenT")
+ResultT = TypeVar("ResultT")
+
+
+class Job:
+    """The half of a job that lives in the caller's thread.
+
+    It reads a batch when one is wanted and no outcome is in hand, or when as many outcomes as a batch
+    has items were handed over since the last one: at each turn, a source that pages would keep back
+    outcomes that are done; only with empty hands, a pausing consumer would starve the workers.
+    """
+
+    def __init__(self, source: Iterable[Any], coordinator: Coordinator, driver: Driver) -> None:
+        self._items = iter(source)
+        # A generator was given to be used up here; closing anybody else's iterator is not our business.
+        self._close_source = getattr(source, "close", None) if self._items is source else None
+        self._coordinator = coordinator
+        self._driver = driver
+        self._hand: deque[Outcome[Any, Any, Any]] = deque()
+        self._wanted = 0
+        self._since_read = 0
+        self._untold = 0
+        # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
+        self._tell_every = max(1, min(coordinator.bound, coordinator.window) // 32)
+        self._started = False
+        self._ended = False
+        self.error: BaseException | None = None
+
+    def advance(self) -> Outcome[Any, Any, Any] | None:
+        """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
+        if not self._started and not self._ended:
+            self._started = True
+            self._driver.start(self._coordinator)
+        while self._hand or not self._ended:
+            if self._hand and not (self._wanted and self._since_read >= self._coordinator.batch_size):
+                return self._take()
+            self._look(block=not (self._hand or self._wanted))
+            if self._wanted:
+                self._read()
+        return None
+
+    def _take(self) -> Outcome[Any, Any, Any]:
+        outcome = self._hand.popleft()
+        self._since_read += 1
+        self._untold += 1
+        if self._untold >= self._tell_every or not self._hand:
+            self._driver.send((self._coordinator.outcomes_taken, self._untold, None, None))
+            self._untold = 0
+        return outcome
+
+    def _look(self, *, block: bool) -> None:
+        message = self._driver.receive(block=block)
+        if message is not None:
+            self._hand.extend(message.outcomes)
+            self._wanted = 0 if message.ended else self._wanted + message.wanted
+            self._ended = self._ended or message.ended
+            self.error = message.error
+
+    def _read(self) -> None:
+        size = self._coordinator.batch_size
+        failure = None
+        try:
+            items = list(islice(self._items, size))
+        except Exception as error:  # noqa: BLE001 - the source's failure ends the job, after the outcomes that are done
+            items = []
+            failure = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        self._wanted -= 1
+        self._since_read = 0
+        if items:
+            self._driver.send((self._coordinator.batch_read, items, None, None))
+        if len(items) < size:
+            self._wanted = 0
+            self._driver.send((self._coordinator.source_end, None, None, failure))
+
+    def close(self) -> None:
+        """Ends the job, waits for the calls that run, and closes the source. Harmless if it has ended."""
+        try:
+            if self._started and not self._ended:
+                self.abandon()
+                while not self._ended:
+                    self._look(block=True)
+            self._driver.join()
+        finally:  # also if a second Ctrl-C has given up the waiting
+            self._ended = True
+            self._wanted = 0
+            self._hand.clear()
+            self.error = None
+            if self._close_source is not None:
+                self._close_source()
+
+    def abandon(self) -> None:
+        """Ends the job without waiting for anything: all that a finaliser may do."""
+        self._driver.send((self._coordinator.close, None, None, None))
+
+
+class Outcomes(Generic[ItemT, TokenT, ResultT]):
+    """The outcomes of a job: an iterator, to be closed, best by `with`.
+
+    The job starts at the first `next` and goes on in its own threads while the consumer is away, until
+    the in-progress bound or the window is reached. It can be used from several threads, one at a time.
+    Closing it, or leaving its `with` block, starts nothing more, waits for the calls that run and
+    closes the source if that is a generator. One that is dropped is cleaned up as well, without waiting.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __iter__(self) -> Iterator[Outcome[ItemT, TokenT, ResultT]]:
+        return self
+
+    def __next__(self) -> Outcome[ItemT, TokenT, ResultT]:
+        """Returns the next outcome.
+
+        Raises:
+            Exception: The first failure, as the user's function raised it, unless `return_exceptions`
+                is on; or the source's.
+            RuntimeError: A function of the user's raised `StopIteration`, which would end a loop as if
+                the job was done.
+        """
+        try:
+            outcome = self._job.advance()
+        except BaseException:
+            self._job.close()
+            raise
+        if outcome is not None:
+            return outcome
+        error = self._job.error
+        try:
+            self._job.close()
+            if error is None:
+                raise StopIteration
+            if isinstance(error, StopIteration):
+                raise RuntimeError("a function of the job raised StopIteration") from error  # noqa: TRY004
+            raise error
+        finally:
+            del self, error  # or the traceback holds this frame, and the frame the exception
+
+    def close(self) -> None:
+        """Ends the job: nothing more starts, running calls are awaited, no thread of ours is left."""
+        self._job.close()
+
+    def __enter__(self) -> Outcomes[ItemT, TokenT, ResultT]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The collector may call this in any thread, also in a worker: it must not wait.
+        job = getattr(self, "_job", None)
+        if job is not None:
+            job.abandon()

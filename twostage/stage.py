@@ -1,0 +1,163 @@
+"""`Stage`: all that is set for one of the two steps, checked when it is made."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final, overload
+
+from twostage.errors import warn
+from twostage.retry import RetryPolicy, check_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
+
+__all__ = ["Default", "Stage", "positive_int"]
+
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
+
+
+@final
+class Default:
+    """Stands for an argument that was not given, and says in signatures what that means."""
+
+    __slots__ = ("meaning",)
+
+    def __init__(self, meaning: str) -> None:
+        self.meaning = meaning
+
+    def __repr__(self) -> str:
+        return f"<default: {self.meaning}>"
+
+
+ONE_ITEM_A_CALL = Default("one item a call")
+WORKERS = Default("4 for stage one, 32 for stage two")
+DEFAULT_RETRY = Default("10 attempts if the failure is transient")
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Stage(Generic[InT, OutT]):
+    """One stage of a job: its function, and how it is called.
+
+    A `Stage` holds settings and no state, so two jobs may use the same one. What a call does, one
+    item's or one batch's, is `fetch`'s business alone; with threads, set timeouts there: a call that
+    runs cannot be stopped from outside.
+
+    Args:
+        fetch: The function. Stage one's takes an item and returns its token, or with `batch_size` a
+            `list` of items and returns as many tokens in their order. Stage two's takes a token and
+            returns the result. It is called from several threads at once.
+        batch_size: How many items one call takes at most (stage one only). Default: the function takes
+            one item, not a list.
+        workers: How many attempts run at once. Default: 4 for stage one, 32 for stage two.
+        executor: Where attempts run, any `concurrent.futures.Executor`; it is never shut down, and
+            `workers` is how much of it is used. Default: a pool of threads of the job's own.
+        retry: A tenacity `Retrying`, which is taken as it is; a number of attempts for the default
+            policy; or `None` for calls that must not be repeated. Default: 10 attempts with growing,
+            random waits (0.1 to 20 s), for transient failures only (see `is_transient`).
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: A number is below 1.
+
+    >>> Stage(str.upper, workers=8, retry=3).workers
+    8
+    """
+
+    fetch: Callable[[Any], Any]
+    batch_size: int | Default | None
+    workers: int | Default
+    executor: Executor | None
+    retry: RetryPolicy | Default
+
+    @overload
+    def __init__(
+        self,
+        fetch: Callable[[list[InT]], Sequence[OutT]],
+        *,
+        batch_size: int,
+        workers: int | Default = ...,
+        executor: Executor | None = ...,
+        retry: RetryPolicy | Default = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        fetch: Callable[[InT], OutT],
+        *,
+        batch_size: Default | None = ...,
+        workers: int | Default = ...,
+        executor: Executor | None = ...,
+        retry: RetryPolicy | Default = ...,
+    ) -> None: ...
+    def __init__(
+        self,
+        fetch: Callable[[Any], Any],
+        *,
+        batch_size: int | Default | None = ONE_ITEM_A_CALL,
+        workers: int | Default = WORKERS,
+        executor: Executor | None = None,
+        retry: RetryPolicy | Default = DEFAULT_RETRY,
+    ) -> None:
+        check_function(fetch, "fetch")
+        if batch_size is not None and not isinstance(batch_size, Default):
+            batch_size = positive_int(batch_size, "batch_size")
+        if not isinstance(workers, Default):
+            workers = positive_int(workers, "workers")
+        if executor is not None and (
+            isinstance(executor, type) or not callable(getattr(executor, "submit", None))
+        ):
+            raise TypeError(f"executor is {executor!r}; expected a concurrent.futures.Executor")
+        if not isinstance(retry, Default):
+            retry = check_policy(retry, "retry")
+        settings = {
+            "fetch": fetch,
+            "batch_size": batch_size,
+            "workers": workers,
+            "executor": executor,
+            "retry": retry,
+        }
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+
+
+def positive_int(number: object, name: str) -> int:
+    """Returns `number` as an `int` from 1; numpy's integers are welcome, `True` is none.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is below 1.
+    """
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise TypeError(f"{name} is {number!r}; expected an integer of at least 1")
+    value = operator.index(cast("int", number))
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected an integer of at least 1")
+    return value
+
+
+def check_function(function: object, name: str) -> None:
+    """Checks that `function` is a plain callable.
+
+    Raises:
+        TypeError: It can't be called, or is a coroutine function.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} is {function!r}; expected a function")
+    inner: object = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    for candidate in (inner, getattr(type(inner), "__call__", None)):  # noqa: B004 - not "is it callable?"
+        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
+            raise TypeError(
+                f"{name} is a coroutine function ({function!r}); expected a plain function, called in threads"
+            )
+    if hasattr(function, "retry_with") and hasattr(function, "statistics"):
+        warn(
+            f"{name} is already under tenacity's @retry, which sleeps in the worker and hides the retries; "
+            "pass the plain function, and the policy as retry="
+        )
