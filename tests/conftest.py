@@ -1,0 +1,23 @@
+"""What every test is held to, and what many use."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    gc.collect()  # what a test dropped without closing ends now
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(5)  # an abandoned job's end is on its way; one that hangs is what this is about
+    assert not [thread for thread in left if thread.is_alive()]
