@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import Any, cast
@@ -54,7 +54,7 @@ def checked_result(answer: Any, _items: int) -> Any:  # noqa: ANN401 - a result 
 
 
 def _refuse_awaitable(answer: object, function: str) -> None:
-    if not _can_be_awaited(type(answer)):
+    if not _can_be_awaited(cast("Hashable", type(answer))):
         return
     if isinstance(answer, Coroutine):
         answer.close()  # or Python warns that it was never awaited

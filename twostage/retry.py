@@ -170,9 +170,7 @@ def check_policy(policy: object, name: str) -> RetryPolicy:
         if _is_async(getattr(policy, part)):
             raise TypeError(f"{name} has a coroutine function as its {part}; expected a plain function there")
     if policy.stop is stop_never:
-        warn(
-            f"{name} has no stop: a call that always fails is tried for ever; add e.g. stop=stop_after_attempt(8)"
-        )
+        warn(f"{name} has no stop: what always fails is tried for ever; add e.g. stop=stop_after_attempt(8)")
     return policy
 
 
