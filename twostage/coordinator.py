@@ -365,6 +365,9 @@ class Coordinator:
         self.asked += wanted
         message = Message(self.ready, wanted, ended, self.error)
         self.ready = []  # a new list: the other thread has the old one
+        if ended:
+            # An exception's traceback leads back here, by the frames of its worker.
+            self.results = self.error = None
         return message
 
 

@@ -6,6 +6,8 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from twostage.errors import without_our_frames
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
@@ -82,7 +84,7 @@ class Job:
             items = list(islice(self._items, size))
         except Exception as error:  # noqa: BLE001 - the source's failure ends the job, after the outcomes that are done
             items = []
-            failure = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            failure = without_our_frames(error)
         self._wanted -= 1
         self._since_read = 0
         if items:

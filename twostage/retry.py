@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -89,7 +90,8 @@ class Judge:
         if state is None:
             state = call.retry_state = RetryCallState(policy, None, (), {})
             state.start_time = call.began  # the first attempt's
-        traceback = None if error is None else error.__traceback__
+        failure = None if error is None else _asked_for(error)
+        traceback = None if failure is None else failure.__traceback__
         state.attempt_number = call.attempts
         state.outcome = tenacity.Future.construct(
             call.attempts, answer if error is None else error, error is not None
@@ -98,19 +100,22 @@ class Judge:
         policy.begin()  # `iter` counts in statistics that are each thread's own
         try:
             verdict = policy.iter(state)
-        except policy.retry_error_cls as given_up:
-            # Its traceback holds it: a cycle that would keep the call until the collector runs.
-            given_up.__traceback__ = None
-            return Fail(given_up if error is None else _asked_for(error))
         except Exception as raised:
-            if raised is not error:
+            if failure is not None and (raised is failure or raised is error):
+                return Fail(failure.with_traceback(traceback))  # without tenacity's frames
+            if not isinstance(raised, policy.retry_error_cls):
                 raise  # the policy is broken, not the call
-            error.__traceback__ = traceback  # without tenacity's frames
-            return Fail(error)
+            # Its traceback holds it: a cycle that would keep the call until the collector runs.
+            raised.__traceback__ = None
+            return Fail(raised if failure is None else failure)
         finally:
             state.outcome = None  # what a call returned is kept by nobody but its outcome
-            del error, answer
-        return Retry(now + verdict) if isinstance(verdict, tenacity.DoSleep) else Answer(verdict)
+            del error, failure, answer
+        if not isinstance(verdict, tenacity.DoSleep):
+            return Answer(verdict)
+        if not math.isfinite(verdict):
+            raise ValueError(f"the retry policy's wait is {verdict}; expected a finite number of seconds")
+        return Retry(now + verdict)
 
 
 def _asked_for(error: Exception) -> Exception:

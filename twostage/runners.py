@@ -7,6 +7,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
+from twostage.errors import without_our_frames
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Executor, Future
@@ -196,8 +198,8 @@ class PoolRunner:
             try:
                 answer = fetch(argument(call))
             except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
-                traceback = error.__traceback__
-                put((attempt_ended, call, None, error.with_traceback(traceback and traceback.tb_next)))
+                put((attempt_ended, call, None, without_our_frames(error)))
+                del call  # the error's traceback holds this frame, and the call may hold the error
                 return
             put((attempt_ended, call, answer, None))
             del call, answer  # nothing of an attempt is kept while the next is waited for

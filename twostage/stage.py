@@ -104,6 +104,11 @@ class Stage(Generic[InT, OutT]):
         retry: RetryPolicy | Default = DEFAULT_RETRY,
     ) -> None:
         check_function(fetch, "fetch")
+        if hasattr(fetch, "retry_with") and hasattr(fetch, "statistics"):
+            warn(
+                f"{fetch!r} is already under tenacity's @retry, which sleeps in the worker and hides the "
+                "retries; pass the plain function, and the policy as retry="
+            )
         if batch_size is not None and not isinstance(batch_size, Default):
             batch_size = positive_int(batch_size, "batch_size")
         if not isinstance(workers, Default):
@@ -156,8 +161,3 @@ def check_function(function: object, name: str) -> None:
             raise TypeError(
                 f"{name} is a coroutine function ({function!r}); expected a plain function, called in threads"
             )
-    if hasattr(function, "retry_with") and hasattr(function, "statistics"):
-        warn(
-            f"{name} is already under tenacity's @retry, which sleeps in the worker and hides the retries; "
-            "pass the plain function, and the policy as retry="
-        )

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 
 from twostage.calls import Batch
 from twostage.driver import world
+from twostage.errors import without_our_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -239,7 +240,7 @@ class VirtualTime:
         try:
             answer = fetch(argument)
         except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
-            failure = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            failure = without_our_frames(error)
         end, self._elapsed = self._now + self._elapsed, None
         heapq.heappush(self._ends, (end, next(self._tie), runner, call, answer, failure))
 

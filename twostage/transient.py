@@ -34,7 +34,6 @@ TRANSIENT_ERRNOS = frozenset(
 TRANSIENT_CLASSES = {
     ("aiohttp", "ClientConnectionError"): True,
     ("aiohttp", "ClientPayloadError"): True,
-    ("aiohttp", "ClientSSLError"): False,
     ("http", "BadStatusLine"): True,
     ("http", "IncompleteRead"): True,
     ("httpx", "LocalProtocolError"): False,
@@ -43,12 +42,14 @@ TRANSIENT_CLASSES = {
     ("requests", "ChunkedEncodingError"): True,
     ("requests", "ConnectionError"): True,
     ("requests", "InvalidProxyURL"): False,
-    ("requests", "SSLError"): False,
     ("requests", "Timeout"): True,
     ("urllib3", "NewConnectionError"): True,
     ("urllib3", "ProtocolError"): True,
     ("urllib3", "TimeoutError"): True,
 }
+
+LOST_IN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""The two of TLS's errors that say no more than that the connection has ended."""
 
 CHAIN_LIMIT = 10
 """How many causes are looked at; a chain can be a circle."""
@@ -60,9 +61,9 @@ def is_transient(error: BaseException) -> bool:
     An HTTP status, found on the exception or its `response`, decides alone: 408, 425, 429, 500, 502,
     503, 504 and 529 are transient. Without one, lost connections, timeouts and unreachable networks
     are, whether they are Python's own or those of httpx, requests, urllib3, aiohttp and http.client;
-    then the exception's `reason` (as `urllib.error.URLError` has it) and its `__cause__` are asked.
-    A bad URL, a certificate that does not hold, a host that does not exist, or an error in the code
-    is not. Use it in a policy of your own:
+    then the exception behind it is asked: its `reason` (as `urllib.error.URLError` has it), `__cause__`
+    or first argument. A bad URL, a certificate that does not hold, a host that does not exist, or an
+    error in the code is not. Use it in a policy of your own:
 
     >>> from tenacity import Retrying, retry_if_exception, stop_after_delay
     >>> policy = Retrying(retry=retry_if_exception(is_transient), stop=stop_after_delay(60))
@@ -88,8 +89,7 @@ def is_transient(error: BaseException) -> bool:
         verdict = _verdict_by_class(asked)
         if verdict is not None:
             return verdict
-        reason = _read(asked, "reason")
-        asked = reason if isinstance(reason, Exception) else asked.__cause__
+        asked = _behind(asked)
     return False
 
 
@@ -118,7 +118,7 @@ def _read(holder: object, name: str) -> object:
 
 
 def _verdict_by_class(error: Exception) -> bool | None:
-    if isinstance(error, ConnectionError | TimeoutError | ssl.SSLEOFError | ssl.SSLZeroReturnError):
+    if isinstance(error, (ConnectionError, TimeoutError, *LOST_IN_TLS)):
         return True
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
@@ -131,17 +131,21 @@ def _verdict_by_class(error: Exception) -> bool | None:
 
 def _is_lasting(cause: BaseException) -> bool:
     """Whether it is a cause that clients wrap in a connection error although it will not pass."""
-    return isinstance(cause, ssl.SSLCertVerificationError) or (
-        isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
-    )
+    if isinstance(cause, ssl.SSLError):
+        return not isinstance(cause, LOST_IN_TLS)
+    return isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yields an exception and those behind it, as clients link them: by attribute, cause or context."""
-    behind: object = error
+def _behind(error: BaseException) -> BaseException | None:
+    """Returns the cause that a client names: urllib and urllib3 do it by an attribute or an argument."""
+    named = (_read(error, "reason"), error.__cause__, *error.args[:1])
+    return next((cause for cause in named if isinstance(cause, BaseException)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those behind it, named as causes or not."""
     for _ in range(CHAIN_LIMIT):
-        if not isinstance(behind, BaseException):
+        if error is None:
             return
-        yield behind
-        reason = _read(behind, "reason")
-        behind = reason if isinstance(reason, BaseException) else behind.__cause__ or behind.__context__
+        yield error
+        error = _behind(error) or error.__context__
