@@ -52,11 +52,12 @@ class Job:
         if not self._started and not self._ended:
             self._started = True
             self._driver.start(self._coordinator)
+        size = self._coordinator.batch_size
         while self._hand or not self._ended:
-            if self._hand and not (self._wanted and self._since_read >= self._coordinator.batch_size):
+            if self._hand and not (self._wanted and self._since_read >= size):
                 return self._take()
             self._look(block=not (self._hand or self._wanted))
-            if self._wanted:
+            if self._wanted and (not self._hand or self._since_read >= size):
                 self._read()
         return None
 
