@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from twostage.errors import without_our_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from twostage.calls import Outcome
@@ -31,10 +31,15 @@ class Job:
     outcomes that are done; only with empty hands, a pausing consumer would starve the workers.
     """
 
-    def __init__(self, source: Iterable[Any], coordinator: Coordinator, driver: Driver) -> None:
-        self._items = iter(source)
-        # A generator was given to be used up here; closing anybody else's iterator is not our business.
-        self._close_source = getattr(source, "close", None) if self._items is source else None
+    def __init__(
+        self,
+        source: Iterator[Any],
+        close_source: Callable[[], object] | None,
+        coordinator: Coordinator,
+        driver: Driver,
+    ) -> None:
+        self._source = source
+        self._close_source = close_source
         self._coordinator = coordinator
         self._driver = driver
         self._hand: deque[Outcome[Any, Any, Any]] = deque()
@@ -82,7 +87,7 @@ class Job:
         size = self._coordinator.batch_size
         failure = None
         try:
-            items = list(islice(self._items, size))
+            items = list(islice(self._source, size))
         except Exception as error:  # noqa: BLE001 - the source's failure ends the job, after the outcomes that are done
             items = []
             failure = without_our_frames(error)
@@ -146,16 +151,16 @@ class Outcomes(Generic[ItemT, TokenT, ResultT]):
             raise
         if outcome is not None:
             return outcome
-        error = self._job.error
         try:
-            self._job.close()
+            error = self._job.error
             if error is None:
                 raise StopIteration
             if isinstance(error, StopIteration):
                 raise RuntimeError("a function of the job raised StopIteration") from error  # noqa: TRY004
             raise error
         finally:
-            del self, error  # or the traceback holds this frame, and the frame the exception
+            del error  # or its traceback holds this frame, and the frame the exception
+            self._job.close()
 
     def close(self) -> None:
         """Ends the job: nothing more starts, running calls are awaited, no thread of ours is left."""

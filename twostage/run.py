@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from twostage.answers import checked_result, checked_token, checked_tokens
@@ -141,14 +142,10 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     job = _job(items, *stages, window, return_exceptions=return_exceptions, results=results)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
-        error = job.error
+        if job.error is not None:
+            raise job.error
     finally:
         job.close()
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error  # or its traceback holds this frame, and the frame the exception
     return results
 
 
@@ -325,6 +322,10 @@ def _job(
         raise ValueError(
             f"window is {window}; expected at least the batch_size of {batch_size}: whole batches are read"
         )
+    try:
+        source = iter(items)
+    except TypeError as error:
+        raise TypeError(f"items is {brief(items)}; expected something to iterate over") from error
     argument, check = (_item, checked_token) if first.batch_size is None else (_items, checked_tokens)
     token_line = Line("stage one", first.workers if first.executor else math.inf, check, Judge(first.retry))
     result_line = Line(
@@ -348,7 +349,9 @@ def _job(
     result_line.runner = driver.runner(
         second.fetch, _token, coordinator.result_ended, second.workers, second.executor
     )
-    return Job(items, coordinator, driver)
+    # A generator was given to be used up here; to close anybody else's iterator is not our business.
+    close_source = getattr(items, "close", None) if source is items else None
+    return Job(source, close_source, coordinator, driver)
 
 
 _token = attrgetter("token")

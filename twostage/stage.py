@@ -137,9 +137,10 @@ def positive_int(number: object, name: str) -> int:
         TypeError: It is no integer.
         ValueError: It is below 1.
     """
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise TypeError(f"{name} is {number!r}; expected an integer of at least 1")
-    value = operator.index(cast("int", number))
+    try:
+        value = operator.index(cast("int", None if isinstance(number, bool) else number))
+    except TypeError:
+        raise TypeError(f"{name} is {number!r}; expected an integer of at least 1") from None
     if value < 1:
         raise ValueError(f"{name} is {value}; expected an integer of at least 1")
     return value

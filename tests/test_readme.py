@@ -1,0 +1,46 @@
+"""The README's Python blocks run, in their order, against an API on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from twostage._embedded_api import EmbeddedApi, result_of, token_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def api() -> Iterator[EmbeddedApi]:
+    with EmbeddedApi(token_latency=0.002, result_latency=0.002) as api:
+        yield api
+
+
+def test_every_block_runs(api: EmbeddedApi, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "readme"}  # what a block defines the next ones use
+    for block in BLOCKS:
+        source = block.replace("https://api.example.com", api.url)
+        lines_before = TEXT[: TEXT.index(block)].count("\n")
+        exec(compile("\n" * lines_before + source, str(README), "exec"), names)  # noqa: S102 - it is ours
+        said = re.findall(r"print\(.*\)  # (.*)", block)
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == said or not said
+        if "results = run_two_stage(range(" in block and "Simulated" not in block:
+            number = len(names["results"])
+            assert names["results"] == [result_of(token_of(item)) for item in range(number)]
+        if "for outcome in" in block:
+            assert sorted(int(line.split()[0]) for line in printed) == list(range(1000))
+    for client in ("session", "client"):
+        names[client].close()
+
+
+def test_every_block_is_found() -> None:
+    assert len(BLOCKS) == TEXT.count("```python") == 6
