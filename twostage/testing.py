@@ -106,6 +106,12 @@ class SimulatedApi(Generic[ArgumentT, AnswerT]):
         limit: float = math.inf,
         seed: int = 0,
     ) -> None:
+        if not 0 <= fail <= 1:
+            raise ValueError(f"fail is {fail}; expected a share from 0 to 1")
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; expected at least 1")
+        if not callable(latency) and min(latency if isinstance(latency, tuple) else (latency,)) < 0:
+            raise ValueError(f"latency is {latency}; expected no negative seconds")
         self.calls = 0
         self.most_at_once = 0
         self._answer = answer
@@ -244,14 +250,16 @@ class VirtualTime:
         end, self._elapsed = self._now + self._elapsed, None
         heapq.heappush(self._ends, (end, next(self._tie), runner, call, answer, failure))
 
-    def _record(self, happening: str, call: Call, end: str = "") -> None:
+    def _record(self, happening: str, what: str) -> None:
         if self._log is not None:
-            if isinstance(call, Batch):
-                what = f"stage one, {len(call.outcomes)} items from {call.outcomes[0].index}"
-            else:
-                outcome: Outcome[Any, Any, Any] = call  # type: ignore[assignment] # no third kind
-                what = f"stage two, item {outcome.index}"
-            self._log(f"{self._now:.9f} {happening} {what}{end}\n")
+            self._log(f"{self._now:.9f} {happening} {what}\n")
+
+
+def _name(call: Call) -> str:
+    if isinstance(call, Batch):
+        return f"stage one, {len(call.outcomes)} items from {call.outcomes[0].index}"
+    outcome: Outcome[Any, Any, Any] = call  # type: ignore[assignment] # no third kind
+    return f"stage two, item {outcome.index}"
 
 
 class _VirtualDriver:
@@ -298,6 +306,8 @@ class _VirtualDriver:
         if message is not None:
             self.ended = message.ended
             self._messages.append(message)
+            for outcome in message.outcomes:
+                self._virtual._record("hand over", f"item {outcome.index}")  # noqa: SLF001
 
     def receive(self, *, block: bool) -> Message | None:
         self._virtual._settle()  # noqa: SLF001 - one simulation in two classes
@@ -341,11 +351,12 @@ class _VirtualRunner:
         while self.idle and (self._first or self._queue):
             call = (self._first or self._queue).popleft()
             self.idle -= 1
-            self._virtual._record("begin", call)  # noqa: SLF001 - one simulation in two classes
+            self._virtual._record("begin", _name(call))  # noqa: SLF001 - one simulation in two classes
             self._virtual._attempt(self, call, self._fetch, self._argument(call))  # noqa: SLF001
 
     def end(self, call: Call, answer: object, error: BaseException | None) -> None:
-        self._virtual._record("end", call, "" if error is None else f", {type(error).__name__}")  # noqa: SLF001
+        failure = "" if error is None else f", {type(error).__name__}"
+        self._virtual._record("end", _name(call) + failure)  # noqa: SLF001
         self.idle += 1
         self._driver.send((self._attempt_ended, call, answer, error))
         if error is None:
