@@ -316,7 +316,9 @@ def _job(
 ) -> Job:
     """Checks what is left to check, and builds a job of which nothing runs yet."""
     batch_size = first.batch_size or 1
-    bound = max(LEAST_IN_PROGRESS, 2 * (first.workers * batch_size + second.workers))
+    # The batches of one or two workers vary too much: stage two would run dry (tests/scheduling).
+    batches = max(TOKEN_WORKERS, first.workers)
+    bound = max(LEAST_IN_PROGRESS, 2 * (batches * batch_size + second.workers))
     window = max(LEAST_WINDOW, 10 * bound) if window is None else positive_int(window, "window")
     if window < batch_size:
         raise ValueError(
