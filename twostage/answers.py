@@ -27,7 +27,8 @@ def checked_tokens(answer: object, items: int) -> Sequence[Any]:
                 f"fetch_token returned {type(answer).__name__} for a batch; "
                 "expected a list (or another sequence) with one token for each item, in the items' order"
             )
-    tokens = cast("Sequence[Any]", answer)
+        answer = list(answer)  # what it has, not what its `__len__` says
+    tokens: list[Any] = answer
     if len(tokens) != items:
         raise BatchLengthError(items, len(tokens))
     return tokens

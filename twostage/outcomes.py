@@ -107,7 +107,8 @@ class Job:
                 while not self._ended:
                     self._look(block=True)
             self._driver.join()
-        finally:  # also if a second Ctrl-C has given up the waiting
+        finally:  # also if a second Ctrl-C has given up the waiting, or came before anybody was told
+            self.abandon()
             self._ended = True
             self._wanted = 0
             self._hand.clear()
@@ -159,7 +160,7 @@ class Outcomes(Generic[ItemT, TokenT, ResultT]):
                 raise RuntimeError("a function of the job raised StopIteration") from error  # noqa: TRY004
             raise error
         finally:
-            del error  # or its traceback holds this frame, and the frame the exception
+            error = None  # or its traceback holds this frame, and the frame the exception
             self._job.close()
 
     def close(self) -> None:
