@@ -31,6 +31,8 @@ class Job:
     outcomes that are done; only with empty hands, a pausing consumer would starve the workers.
     """
 
+    _running = False  # from the first `advance` to `close`; also while Ctrl-C interrupts `__init__`
+
     def __init__(
         self,
         source: Iterator[Any],
@@ -48,14 +50,13 @@ class Job:
         self._untold = 0
         # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
         self._tell_every = max(1, min(coordinator.bound, coordinator.window) // 32)
-        self._started = False
         self._ended = False
         self.error: BaseException | None = None
 
     def advance(self) -> Outcome[Any, Any, Any] | None:
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
-        if not self._started and not self._ended:
-            self._started = True
+        if not self._running and not self._ended:
+            self._running = True
             self._driver.start(self._coordinator)
         size = self._coordinator.batch_size
         while self._hand or not self._ended:
@@ -98,18 +99,19 @@ class Job:
         if len(items) < size:
             self._wanted = 0
             self._driver.send((self._coordinator.source_end, None, None, failure))
+        del failure  # its traceback may lead back to this frame
 
     def close(self) -> None:
         """Ends the job, waits for the calls that run, and closes the source. Harmless if it has ended."""
         try:
-            if self._started and not self._ended:
+            if self._running:
                 self.abandon()
                 while not self._ended:
                     self._look(block=True)
-            self._driver.join()
+                self._driver.join()
         finally:  # also if a second Ctrl-C has given up the waiting, or came before anybody was told
             self.abandon()
-            self._ended = True
+            self._running, self._ended = False, True
             self._wanted = 0
             self._hand.clear()
             self.error = None
@@ -119,6 +121,10 @@ class Job:
     def abandon(self) -> None:
         """Ends the job without waiting for anything: all that a finaliser may do."""
         self._driver.send((self._coordinator.close, None, None, None))
+
+    def __del__(self) -> None:
+        if self._running:
+            self.abandon()  # and no more: the collector may call this in any thread, also in a worker
 
 
 class Outcomes(Generic[ItemT, TokenT, ResultT]):
@@ -174,9 +180,3 @@ class Outcomes(Generic[ItemT, TokenT, ResultT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        # The collector may call this in any thread, also in a worker: it must not wait.
-        job = getattr(self, "_job", None)
-        if job is not None:
-            job.abandon()
