@@ -10,6 +10,7 @@ from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from contract import Plan, check
 from hypothesis import given
 from hypothesis import strategies as st
 from tenacity import Retrying, stop_after_attempt, wait_fixed
@@ -411,67 +412,33 @@ def test_gate_holds_starts_back_and_hears_of_each(
 # --- each item gives exactly one outcome
 
 
-sizes = st.integers(1, 40)
-
-
-@given(
-    items=st.integers(0, 300),
-    batch_size=st.none() | sizes,
-    workers=st.tuples(sizes, sizes),
-    room=st.integers(0, 200),
-    fail=st.sampled_from([0.0, 0.1, 0.5]),
-    lasting=st.sets(st.integers(0, 299), max_size=5),
-    ordered=st.booleans(),
-    pause=st.sampled_from([0.0, 0.3]),
-    seed=st.integers(0, 2**16),
-)
-def test_each_item_gives_exactly_one_outcome(  # noqa: PLR0917 - hypothesis gives all by name
-    items: int,
-    batch_size: int | None,
-    workers: tuple[int, int],
-    room: int,
-    fail: float,
-    lasting: set[int],
-    ordered: bool,  # noqa: FBT001
-    pause: float,
-    seed: int,
-) -> None:
-    def result_of(token: str) -> str:
-        if int(token) in lasting:
-            raise LookupError(token)
-        return f"result {token}"
-
-    answer = str if batch_size is None else each(str)
-    tokens: SimulatedApi[Any, Any] = SimulatedApi(answer, latency=(0, 2), fail=fail, seed=seed)
-    results = SimulatedApi(result_of, latency=lambda rng: rng.expovariate(1), fail=fail, seed=seed)
-    forever = Retrying(
-        retry=lambda state: isinstance(state.outcome and state.outcome.exception(), ApiError),
-        stop=lambda _: False,
-        wait=wait_fixed(1),
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    items = draw(st.integers(0, 120))
+    batch_size = draw(st.none() | st.integers(1, 50))
+    some_items = st.frozensets(st.integers(0, max(items - 1, 0)), max_size=4)
+    return Plan(
+        items=items,
+        batch_size=batch_size,
+        workers=draw(st.tuples(st.integers(1, 40), st.integers(1, 40))),
+        window=(batch_size or 1) + draw(st.integers(0, 200)),
+        latency=draw(
+            st.sampled_from([lambda _: 1.0, random.Random.random, lambda rng: rng.paretovariate(1.2)])
+        ),
+        fail=draw(st.sampled_from([0.0, 0.1, 0.5])),
+        lasting=draw(some_items) & frozenset(range(items)),
+        miscounted=draw(some_items) & frozenset(range(items)),
+        source_fails_at=draw(st.none() | st.integers(0, 120)),
+        leave_after=draw(st.none() | st.integers(1, 120)),
+        listed=draw(st.booleans()),
+        ordered=draw(st.booleans()),
+        return_exceptions=draw(st.booleans()),
+        source_pause=draw(st.sampled_from([0.0, 0.3])),
+        consumer_pause=draw(st.sampled_from([0.0, 0.3])),
+        seed=draw(st.integers(0, 2**16)),
     )
-    window = (batch_size or 1) + room
-    first: Stage[int, str] = Stage(tokens, workers=workers[0], batch_size=batch_size, retry=forever)
-    second = Stage(results, workers=workers[1], retry=forever)
-    settings: dict[str, Any] = {"window": window, "return_exceptions": True}
-    with (
-        VirtualTime(seed),
-        iter_two_stage(range(items), first, second, ordered=ordered, **settings) as outcomes,
-    ):
-        got = []
-        for outcome in outcomes:
-            got.append(outcome)
-            sleep(pause)
-    assert tokens.most_at_once <= workers[0]
-    assert results.most_at_once <= workers[1]
-    indices = [outcome.index for outcome in got]
-    assert (indices if ordered else sorted(indices)) == list(range(items))
-    for outcome in got:
-        if outcome.item in lasting:
-            assert isinstance(outcome.exception, LookupError)
-        else:
-            assert outcome.result == f"result {outcome.item}"
-    calls = sum(outcome.result_attempts for outcome in got)
-    assert calls == results.calls
-    with VirtualTime(seed):
-        listed = run_two_stage(range(items), first, second, **settings)
-    assert [isinstance(one, LookupError) for one in listed] == [item in lasting for item in range(items)]
+
+
+@given(plans())
+def test_contract_holds_for_any_job(plan: Plan) -> None:
+    check(plan)
