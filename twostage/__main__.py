@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-from tenacity import retry, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, stop_after_attempt, wait_random_exponential
 
 from twostage import run_two_stage
 from twostage._embedded_api import MOST_IDS, ApiError, Client, EmbeddedApi, Result, result_of, token_of
@@ -180,12 +180,11 @@ def in_batches(client: Client, items: Sequence[int], options: argparse.Namespace
 
 def both_calls(client: Client) -> Callable[[int], Result]:
     """Returns both in one function, with retries as they are commonly written: they sleep in the worker."""
-    with_retries = retry(
+    retrying = Retrying(
         wait=wait_random_exponential(multiplier=0.1, max=20), stop=stop_after_attempt(10), reraise=True
     )
-    fetch_token = with_retries(client.fetch_token)
-    fetch_result = with_retries(client.fetch_result)
-    return lambda item: fetch_result(fetch_token(item))
+    # Called, not as a decorator, which has one set of statistics for all threads and fails at times.
+    return lambda item: retrying(client.fetch_result, retrying(client.fetch_token, item))
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -38,7 +38,7 @@ LEAST_WINDOW = 10_000
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT] | Stage[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -51,7 +51,20 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT] | Stage[ItemT, TokenT],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    token_workers: int | Default = ...,
+    result_workers: int | Default = ...,
+    retry: RetryPolicy | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    window: int | None = ...,
+) -> list[ResultT]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -64,7 +77,20 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Sequence[TokenT]],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    token_workers: int | Default = ...,
+    result_workers: int | Default = ...,
+    retry: RetryPolicy | Default = ...,
+    return_exceptions: bool,
+    window: int | None = ...,
+) -> list[ResultT | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Callable[[list[ItemT]], Sequence[TokenT]] | Stage[list[ItemT], Sequence[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,
@@ -77,7 +103,7 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Sequence[TokenT]],
+    fetch_token: Callable[[list[ItemT]], Sequence[TokenT]] | Stage[list[ItemT], Sequence[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,
@@ -152,7 +178,7 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT] | Stage[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -166,7 +192,21 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Sequence[TokenT]],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    token_workers: int | Default = ...,
+    result_workers: int | Default = ...,
+    retry: RetryPolicy | Default = ...,
+    return_exceptions: bool = ...,
+    window: int | None = ...,
+    ordered: bool = ...,
+) -> Outcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Callable[[list[ItemT]], Sequence[TokenT]] | Stage[list[ItemT], Sequence[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Default", "Stage", "positive_int"]
 
-InT = TypeVar("InT")
-OutT = TypeVar("OutT")
+InT_contra = TypeVar("InT_contra", contravariant=True)
+OutT_co = TypeVar("OutT_co", covariant=True)
 
 
 @final
@@ -40,7 +40,7 @@ DEFAULT_RETRY = Default("10 attempts if the failure is transient")
 
 
 @dataclass(frozen=True, init=False, eq=False)
-class Stage(Generic[InT, OutT]):
+class Stage(Generic[InT_contra, OutT_co]):
     """One stage of a job: its function, and how it is called.
 
     A `Stage` holds settings and no state, so two jobs may use the same one. What a call does, one
@@ -77,7 +77,7 @@ class Stage(Generic[InT, OutT]):
     @overload
     def __init__(
         self,
-        fetch: Callable[[list[InT]], Sequence[OutT]],
+        fetch: Callable[[list[InT_contra]], Sequence[OutT_co]],
         *,
         batch_size: int,
         workers: int | Default = ...,
@@ -87,7 +87,7 @@ class Stage(Generic[InT, OutT]):
     @overload
     def __init__(
         self,
-        fetch: Callable[[InT], OutT],
+        fetch: Callable[[InT_contra], OutT_co],
         *,
         batch_size: Default | None = ...,
         workers: int | Default = ...,
