@@ -1,0 +1,367 @@
+"""`python -m twostage`: what it prints, what its options do, and that it notices what goes wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tenacity
+
+import twostage.__main__ as demonstration
+from twostage import run_two_stage
+from twostage._embedded_api import ApiError, Client, EmbeddedApi, result_of, token_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LONG = 10.0
+"""Seconds that nothing here takes."""
+
+HEADER = ["seconds", "attempts", "retries", "speed-up"]
+ROW = re.compile(
+    r"(?P<way>\S.*?)  +(?P<seconds>[\d.]+)  +(?P<attempts>[\d,]+)  +(?P<retries>[\d,]+)"
+    r"  +(?P<speed_up>[\d.]+)x"
+)
+
+
+class Table:
+    """What the demonstration printed: what stands above its table, the rows, and what stands below."""
+
+    def __init__(self, text: str) -> None:
+        self.above, table, self.below = text.strip().split("\n\n")
+        header, *lines = table.splitlines()
+        assert header.split() == HEADER
+        assert len(set(map(len, [header, *lines]))) == 1  # the columns are aligned
+        rows = [ROW.fullmatch(line) for line in lines]
+        self.ways = [row["way"] for row in rows if row]
+        self.attempts = [int(row["attempts"].replace(",", "")) for row in rows if row]
+        self.retries = [int(row["retries"].replace(",", "")) for row in rows if row]
+        self.speed_ups = [row["speed_up"] for row in rows if row]
+        assert len(self.ways) == 4
+
+    @property
+    def calls(self) -> list[int]:
+        return [attempts - retries for attempts, retries in zip(self.attempts, self.retries, strict=True)]
+
+
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-W", "error", "-m", "twostage", *options]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=50)  # noqa: S603 - our own
+
+
+class QuickApi(EmbeddedApi):
+    """Answers at once, and remembers how it was made."""
+
+    made: list[dict[str, Any]]
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - as the base class
+        self.made.append(settings)
+        super().__init__(**{"token_latency": 0, "result_latency": 0} | settings)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> type[QuickApi]:
+    monkeypatch.setattr(QuickApi, "made", [], raising=False)
+    monkeypatch.setattr(demonstration, "EmbeddedApi", QuickApi)
+    return QuickApi
+
+
+def table_of(capsys: pytest.CaptureFixture[str], *options: str) -> Table:
+    assert demonstration.main(options) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return Table(printed.out)
+
+
+# --- as a command
+
+
+def test_command_prints_the_table_and_nothing_else() -> None:
+    ended = command("--items", "60", "--batch-size", "20", "--faults", "0.05", "--result-workers", "8")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    table = Table(ended.stdout)
+    assert table.above.startswith("60 items, two calls each, to an HTTP API on 127.0.0.1")
+    assert "5 % of the attempts fail" in table.above
+    assert table.ways == [
+        "plain loop",
+        "one thread pool, 8 threads",
+        "twostage, one item a call, 8 + 8 workers",
+        "twostage, batches of 20, 4 + 8 workers",
+    ]
+    assert table.calls == [120, 120, 120, 63]
+    assert sum(table.retries) > 0
+    assert table.speed_ups[0] == "1.0"
+    assert table.below == "All results right, in order."
+
+
+def test_command_refuses_a_bad_option_with_a_message() -> None:
+    ended = command("--items", "0")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("usage: python -m twostage")
+    assert "argument --items: expected a whole number of at least 1, not '0'" in ended.stderr
+
+
+def test_default_is_a_thousand_items_in_batches_of_a_hundred() -> None:
+    assert vars(demonstration.parse([])) == {
+        "items": 1000,
+        "batch_size": 100,
+        "token_workers": 4,
+        "result_workers": 32,
+        "faults": 0.02,
+        "seed": 7,
+    }
+
+
+# --- options
+
+
+def test_each_option_is_used(
+    quick: type[QuickApi], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[tuple[list[int], dict[str, Any]]] = []
+    pools: list[int] = []
+
+    def job(items: range, *stages: Callable[[Any], Any], **settings: Any) -> list[Any]:  # noqa: ANN401
+        jobs.append((list(items), settings))
+        return run_two_stage(items, *stages, **settings)
+
+    def pool(workers: int) -> ThreadPoolExecutor:
+        pools.append(workers)
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(demonstration, "run_two_stage", job)
+    monkeypatch.setattr(demonstration, "ThreadPoolExecutor", pool)
+    table = table_of(
+        capsys,
+        *("--items", "10", "--batch-size", "3", "--token-workers", "2", "--result-workers", "5"),
+        *("--faults", "0", "--seed", "99"),
+    )
+    assert quick.made == [{"faults": 0.0, "seed": 99}] * 4
+    assert pools == [5]
+    assert jobs == [
+        (list(range(10)), {"token_workers": 5, "result_workers": 5}),
+        (list(range(10)), {"batch_size": 3, "token_workers": 2, "result_workers": 5}),
+    ]
+    assert table.attempts == [20, 20, 20, 14]
+    assert table.retries == [0, 0, 0, 0]
+    assert table.ways[1:] == [
+        "one thread pool, 5 threads",
+        "twostage, one item a call, 5 + 5 workers",
+        "twostage, batches of 3, 2 + 5 workers",
+    ]
+    assert "; 0 % of the attempts fail" in table.above
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("items", [1, 100, 101])
+def test_plain_loop_is_measured_on_a_sample_and_scaled(
+    items: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = table_of(capsys, "--items", str(items), "--faults", "0")
+    batches = -(-items // 100)
+    assert table.attempts == [2 * items, 2 * items, 2 * items, batches + items]
+    scaled = items > 100
+    assert table.ways[0] == ("plain loop (measured on 100 items, scaled)" if scaled else "plain loop")
+    assert table.above.startswith(f"{items:,} items, ")
+
+
+def test_retries_are_counted(
+    quick: type[QuickApi], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demonstration, "wait_random_exponential", lambda **_: tenacity.wait_none())
+    monkeypatch.setattr("twostage.retry.FIRST_WAIT", 0.0)
+    table = table_of(capsys, "--items", "50", "--faults", "0.1", "--batch-size", "5", "--seed", "1")
+    assert table.calls == [100, 100, 100, 60]
+    assert all(retries > 0 for retries in table.retries)
+
+
+@pytest.mark.parametrize("option", ["--items", "--batch-size", "--token-workers", "--result-workers"])
+def test_number_that_is_no_whole_one_from_1_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in ("0", "-1", "1.5", "x", "", "1e3", "1_000", "²", "٣"):
+        refused(capsys, option, number, f"argument {option}: expected a whole number ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--batch-size", "101", "expected a whole number from 1 to 100, not '101'"),
+        ("--seed", "-1", "expected a whole number of at least 0, not '-1'"),
+        ("--seed", "x", "expected a whole number of at least 0, not 'x'"),
+        ("--faults", "1", "expected a number from 0 to below 1, not '1'"),
+        ("--faults", "-0.1", "expected a number from 0 to below 1, not '-0.1'"),
+        ("--faults", "nan", "expected a number from 0 to below 1, not 'nan'"),
+        ("--faults", "inf", "expected a number from 0 to below 1, not 'inf'"),
+        ("--faults", "few", "expected a number from 0 to below 1, not 'few'"),
+        ("--colour", "red", "unrecognized arguments: --colour=red"),
+    ],
+)
+def test_bad_option_is_refused_with_a_message(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, option, value, message)
+
+
+def refused(capsys: pytest.CaptureFixture[str], option: str, value: str, message: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        demonstration.main([f"{option}={value}"])
+    assert raised.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+
+
+def test_help_names_each_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        demonstration.main(["--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--items", "--batch-size", "--token-workers", "--result-workers", "--faults", "--seed"):
+        assert option in text
+    assert "%(default)s" not in text
+
+
+def test_table_shows_speed_ups_against_the_first_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        demonstration.Row("a loop", 1234.0, 2_012_345, 2_000_000),
+        demonstration.Row("a pool", 100.0, 2_000_000.4, 2_000_000),
+        demonstration.Row("the library", 1.0, 1_020_000, 1_010_000),
+    ]
+    demonstration.print_table(rows)
+    assert capsys.readouterr().out == (
+        "             seconds  attempts  retries  speed-up\n"
+        "a loop       1234.00  2,012,345   12,345      1.0x\n"
+        "a pool        100.00  2,000,000        0     12.3x\n"
+        "the library     1.00  1,020,000   10,000   1234.0x\n"
+    )
+
+
+# --- what goes wrong
+
+
+def lose_the_order(results: list[Any]) -> list[Any]:
+    return results[::-1]
+
+
+def lose_one(results: list[Any]) -> list[Any]:
+    return results[:-1]
+
+
+def invent_one(results: list[Any]) -> list[Any]:
+    return [*results, result_of(token_of(10))]
+
+
+def mistake_one(results: list[Any]) -> list[Any]:
+    return [*results[:-1], {}]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("way", "wrong"),
+    [
+        ("plain_loop", lose_the_order),
+        ("thread_pool", lose_the_order),
+        ("one_item_a_call", lose_the_order),
+        ("in_batches", lose_the_order),
+        ("in_batches", lose_one),
+        ("in_batches", invent_one),
+        ("in_batches", mistake_one),
+    ],
+)
+def test_wrong_results_of_any_way_are_an_error(
+    way: str,
+    wrong: Callable[[list[Any]], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = getattr(demonstration, way)
+    monkeypatch.setattr(demonstration, way, lambda *arguments: wrong(right(*arguments)))
+    with pytest.raises(SystemExit, match=r": wrong results, or not in the order of the items$"):
+        demonstration.main(["--items", "10", "--faults", "0"])
+    assert "All results right" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_wrong_results_of_the_library_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        demonstration,
+        "run_two_stage",
+        lambda *arguments, **settings: lose_the_order(run_two_stage(*arguments, **settings)),
+    )
+    with pytest.raises(SystemExit, match=r"^twostage, one item a call, .*: wrong results"):
+        demonstration.main(["--items", "10", "--faults", "0"])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "failure", [ApiError(404, "gone"), ConnectionResetError("reset"), TimeoutError("late")]
+)
+def test_call_that_fails_for_good_is_an_error(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(demonstration, "stop_after_attempt", lambda _: tenacity.stop_after_attempt(1))
+    monkeypatch.setattr(Client, "fetch_result", fail)
+    expected = f"^plain loop: a call failed for good \\({re.escape(str(failure))}\\); try a smaller --faults$"
+    with pytest.raises(SystemExit, match=expected):
+        demonstration.main(["--items", "10", "--faults", "0"])
+
+
+def test_threads_of_the_pool_retry_undisturbed_by_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_is_called, second_begins, first_has_ended = (threading.Event() for _ in range(3))
+    second_threads: list[threading.Thread] = []
+    begin = tenacity.Retrying.begin
+
+    def begin_slowly(retrying: tenacity.Retrying) -> None:
+        if threading.current_thread() in second_threads:
+            second_begins.set()
+            assert first_has_ended.wait(LONG)
+        begin(retrying)
+
+    def fetch_token(item: int) -> str:
+        if item == 1 and not first_is_called.is_set():
+            first_is_called.set()
+            assert second_begins.wait(LONG)
+            raise ConnectionResetError  # and so another attempt, while the other call only begins
+        return f"token {item}"
+
+    monkeypatch.setattr(tenacity.Retrying, "begin", begin_slowly)
+    monkeypatch.setattr(demonstration, "wait_random_exponential", lambda **_: tenacity.wait_none())
+    client: Any = SimpleNamespace(fetch_token=fetch_token, fetch_result=str.upper)
+    both: Callable[[int], object] = demonstration.both_calls(client)
+
+    def second() -> object:
+        second_threads.append(threading.current_thread())
+        return both(2)
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            firsts = pool.submit(both, 1)
+            assert first_is_called.wait(LONG)
+            seconds = pool.submit(second)
+            assert firsts.result() == "TOKEN 1"
+        finally:
+            first_has_ended.set()
+        assert seconds.result() == "TOKEN 2"
+
+
+def test_command_ends_with_an_error_if_results_are_wrong() -> None:
+    script = """
+import sys, twostage.__main__ as demonstration
+demonstration.in_batches = lambda client, items, options: []
+sys.exit(demonstration.main(["--items", "5", "--faults", "0"]))
+"""
+    line = [sys.executable, "-c", script]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False, timeout=50)  # noqa: S603 - our own
+    assert ended.returncode == 1
+    assert (
+        ended.stderr
+        == "twostage, batches of 100, 4 + 32 workers: wrong results, or not in the order of the items\n"
+    )

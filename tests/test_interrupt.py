@@ -1,0 +1,481 @@
+"""Ctrl-C: wherever it lands in the caller's half of a job, the job ends, and the caller hears of it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dis import opname
+from queue import Empty
+from textwrap import dedent, indent
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
+
+import pytest
+
+from twostage import iter_two_stage, run_two_stage
+from twostage.coordinator import Coordinator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
+
+PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
+VISITS: Final = 2  # of a line: it may be reached in several states
+HALF: Final = ("twostage.run", "twostage.outcomes", "twostage.driver")
+
+
+class Place(NamedTuple):
+    """A line of the caller's half, or 0 for a function that it calls, when it is come to for the nth time."""
+
+    function: str
+    line: int
+    visit: int
+
+
+def names(frame: FrameType | None) -> Iterator[str]:
+    """Yields the names of the functions that are running, from the inmost out."""
+    while frame is not None:
+        yield frame.f_code.co_qualname
+        frame = frame.f_back
+
+
+def is_ours(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") in HALF
+
+
+class Interrupter:
+    """Traces a thread, and raises `KeyboardInterrupt` at one place.
+
+    A finaliser is left alone: what it raises reaches nobody.
+
+    Args:
+        target: The place.
+        at_length: Is called when a line is come to again and again, as one that waits is.
+    """
+
+    def __init__(self, target: Place | None = None, at_length: Callable[[], object] = int) -> None:
+        self.seen: list[Place] = []
+        self.hit = False
+        self.within: set[str] = set()  # the functions that were interrupted
+        self._target = target
+        self._at_length = at_length
+        self._visits: Counter[tuple[str, int]] = Counter()
+
+    def __enter__(self) -> Self:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: FrameType, _event: str, _arg: object) -> Callable[..., Any] | None:
+        if any(name.endswith(".__del__") for name in names(frame)):
+            return None
+        if is_ours(frame):
+            return self._line
+        if is_ours(frame.f_back):
+            self._come_to(frame, 0)
+        return None
+
+    def _line(self, frame: FrameType, event: str, _arg: object) -> Callable[..., Any]:
+        # Raised at the end of an `except` block, it would leave the thread in there; Python never does it.
+        if event == "line" and opname[frame.f_code.co_code[frame.f_lasti]] != "POP_EXCEPT":
+            self._come_to(frame, frame.f_lineno)
+        return self._line
+
+    def _come_to(self, frame: FrameType, line: int) -> None:
+        here = frame.f_code.co_qualname, line
+        self._visits[here] += 1
+        place = Place(*here, self._visits[here])
+        self.seen.append(place)
+        if place.visit > VISITS + 1:
+            self._at_length()
+        if place == self._target:
+            self.hit = True
+            self.within = set(names(frame))
+            raise KeyboardInterrupt
+
+
+class World:
+    """A source and two functions that remember what happened to them."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.started = self.closed = 0
+        self.release = threading.Event()
+        self.interrupter = Interrupter()
+
+    def source(self, items: Iterable[int]) -> Iterator[int]:
+        self.started += 1
+        try:
+            for item in items:  # noqa: UP028 - `yield from` would hand the closing on
+                yield item
+        finally:
+            self.closed += 1
+
+    def fetch(self, token: int) -> int:
+        self.begun.append(token)
+        return token
+
+    def interrupted_source(self) -> Iterator[int]:
+        """Raises `KeyboardInterrupt` when both workers are busy; from then on the caller is traced."""
+        yield from self.source(range(100))
+        until(lambda: len(self.begun) == 2, "two calls")
+        self.interrupter.__enter__()
+        raise KeyboardInterrupt
+
+    def wait(self, token: int) -> int:
+        self.begun.append(token)
+        assert self.release.wait(PATIENCE)
+        return token
+
+    def linger(self, token: int) -> int:
+        time.sleep(0.005)
+        return token
+
+    def fail(self, token: int) -> int:
+        self.begun.append(token)
+        if token == 5:
+            raise ValueError
+        return token
+
+
+Job: TypeAlias = "Callable[[World], object]"
+
+
+FEW: Final[dict[str, Any]] = {"token_workers": 2, "result_workers": 2, "window": 6}
+
+
+def run(world: World) -> None:
+    run_two_stage(world.source(range(7)), list, world.fetch, batch_size=2, **FEW)
+
+
+def run_that_fails(world: World) -> None:
+    run_two_stage(world.source(itertools.count()), list, world.fail, batch_size=2, **FEW)
+
+
+def run_whose_source_fails(world: World) -> None:
+    run_two_stage(world.source(map(int, ["1", "2", "three"])), world.fetch, world.fetch, **FEW)
+
+
+def loop(world: World) -> None:
+    with iter_two_stage(world.source(range(7)), list, world.fetch, batch_size=2, **FEW) as outcomes:
+        for _ in outcomes:
+            pass
+
+
+def loop_without_with(world: World) -> None:
+    for _ in iter_two_stage(world.source(range(7)), world.fetch, world.fetch, ordered=True, **FEW):
+        pass
+
+
+def loop_that_fails(world: World) -> None:
+    for _ in iter_two_stage(world.source(itertools.count()), list, world.fail, batch_size=2, **FEW):
+        pass
+
+
+def loop_that_is_left(world: World) -> None:
+    with iter_two_stage(world.source(itertools.count()), world.fetch, world.fetch, **FEW) as outcomes:
+        next(outcomes)
+
+
+def run_that_waits(world: World) -> None:
+    run_two_stage(world.source(range(2)), world.linger, world.fetch, **FEW)
+
+
+JOBS: Final = [
+    run,
+    run_that_fails,
+    run_whose_source_fails,
+    run_that_waits,
+    loop,
+    loop_without_with,
+    loop_that_fails,
+    loop_that_is_left,
+]
+
+
+# Under it the job is still going on; where it is not above, the job is being built or closed, or has ended.
+GOING_ON: Final = "Job.advance"
+
+# Where an interrupt must at least have been tried: else the tracing does not see what it should.
+SURE: Final = {
+    "Job.__init__",
+    "Job.advance",
+    "Job._look",
+    "Job._read",
+    "Job.close",
+    "ThreadDriver.start",
+    "ThreadDriver.receive",
+    "ThreadDriver.join",
+}
+
+
+def ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("twostage")]
+
+
+def until(condition: Callable[[], object], what: object) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.0005)
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has waits looked after often, and collects only when told, and then little."""
+    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.002)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+def interrupt(job: Job, target: Place | None) -> Interrupter:
+    """Runs a job, interrupts it at `target`, and asserts that nothing is left of it."""
+    world, interrupter = World(), Interrupter(target)
+    awaited = False
+    raised: KeyboardInterrupt | None = None
+    try:
+        with interrupter:
+            job(world)
+    except ValueError:
+        awaited = True  # its own end
+    except KeyboardInterrupt as error:
+        raised = error
+        awaited = GOING_ON in interrupter.within
+        if awaited:
+            assert not ours(), target
+            assert world.closed == world.started, target
+    begun = len(world.begun)
+    assert (raised is not None) == interrupter.hit, target
+    if raised is not None and target is not None and target.line == 0:  # where a signal really comes
+        assert not isinstance(raised.__context__, Empty), target  # which would be a second traceback
+    was_raised, raised = raised is not None, None
+    if was_raised and not awaited:  # interrupted while it cleaned up it gives up the waiting, nothing else
+        gc.collect()
+    until(lambda: not ours(), target)
+    assert world.closed == world.started, target
+    if awaited:
+        assert len(world.begun) == begun, target
+    return interrupter
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("job", JOBS)
+def test_interrupt_at_any_line_of_the_caller_s_half_ends_the_job(job: Job) -> None:
+    hit = interrupt_everywhere(lambda target: interrupt(job, target))
+    assert hit >= SURE
+    assert ("run_two_stage" in hit) != ("Outcomes.__next__" in hit)
+
+
+def interrupt_everywhere(interrupt: Callable[[Place | None], Interrupter], function: str = "") -> set[str]:
+    """Interrupts at each line, or at those of one function, and returns the functions that were."""
+    tried: set[Place] = set()
+    hit: set[str] = set()
+    to_try = interrupt(None).seen
+    while to_try:
+        target = to_try.pop()
+        if target.visit <= VISITS and target not in tried and target.function.startswith(function):
+            tried.add(target)
+            interrupter = interrupt(target)
+            to_try += interrupter.seen  # threads take turns in more than one way
+            hit |= interrupter.within
+    return hit
+
+
+def endless_run(world: World) -> None:
+    run_two_stage(world.interrupted_source(), list, world.wait, batch_size=100, result_workers=2)
+
+
+def endless_loop(world: World) -> None:
+    next(iter_two_stage(world.interrupted_source(), list, world.wait, batch_size=100, result_workers=2))
+
+
+def endless_loop_in_with(world: World) -> None:
+    with iter_two_stage(
+        world.interrupted_source(), list, world.wait, batch_size=100, result_workers=2
+    ) as outcomes:
+        next(outcomes)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize(
+    ("job", "function"),
+    [(endless_run, ""), (endless_loop, ""), (endless_loop_in_with, "ThreadDriver.receive")],
+)
+def test_second_interrupt_gives_up_the_waiting_and_nothing_else(
+    job: Job, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one comes while the source is read; the second at each line after that, or of a function."""
+    end = Coordinator._end
+    ending = threading.Event()
+
+    def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
+        end(coordinator, error)
+        ending.set()
+
+    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
+    hit = interrupt_everywhere(lambda target: give_up(job, target, ending), function)
+    assert hit >= {"Job.close", "ThreadDriver.receive"}
+
+
+def give_up(job: Job, target: Place | None, ending: threading.Event) -> Interrupter:
+    """Interrupts a job that has been interrupted, and asserts that control is back while calls run."""
+    world = World()
+    ending.clear()
+    interrupter = world.interrupter = Interrupter(target, world.release.set)
+    try:
+        job(world)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    assert interrupter.hit or world.release.is_set(), target
+    gc.collect()
+    assert ending.wait(PATIENCE / 2), target
+    world.release.set()
+    until(lambda: not ours(), target)
+    assert world.closed == 1, target
+    assert len(world.begun) == 2, target
+    return interrupter
+
+
+# --- real signals
+
+SCRIPT: Final = """
+    import atexit, signal, threading, time
+    from twostage import iter_two_stage, run_two_stage
+    from twostage.coordinator import Coordinator
+
+    begun = []
+
+    def ready():
+        print("ready", flush=True)
+
+    def fetch_result(token):
+        begun.append(token)
+        if len(begun) == 4 and CALL_IS_READY:
+            ready()
+        RUN
+        return token
+
+    def source():
+        yield from range(1000)
+        sleep()
+
+    def sleep():
+        ready()
+        for _ in range(6000):  # a signal that comes just before a sleep does not wake it
+            time.sleep(0.01)
+
+    SETTINGS = {"batch_size": 1000, "result_workers": 4}
+"""
+
+
+@contextmanager
+def script(*parts: str, run: str, call_is_ready: bool) -> Iterator[subprocess.Popen[str]]:
+    start = SCRIPT.replace("RUN", run).replace("CALL_IS_READY", str(call_is_ready))
+    with subprocess.Popen(  # noqa: S603 - a script of this file
+        [sys.executable, "-W", "error", "-c", "".join(map(dedent, [start, *parts]))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def interrupt_when(line: str, process: subprocess.Popen[str]) -> None:
+    """Waits for a line of the process, then interrupts it."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == line + "\n"
+    process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("body", "call_is_ready"),
+    [
+        ("run_two_stage(range(1000), list, fetch_result, **SETTINGS)", True),
+        ("list(iter_two_stage(range(1000), list, fetch_result, **SETTINGS))", True),
+        ("run_two_stage(source(), list, fetch_result, **SETTINGS)", False),
+        (
+            """
+            with iter_two_stage(range(1000), list, fetch_result, **SETTINGS) as outcomes:
+                for _ in outcomes:
+                    sleep()
+            """,
+            False,
+        ),
+    ],
+    ids=["run", "next", "in the source", "in the loop's body"],
+)
+def test_sigint_ends_a_script_within_the_time_of_the_running_calls(body: str, *, call_is_ready: bool) -> None:
+    """All calls would take some 50 s, the source and the loop's body 60."""
+    count = """
+        def interrupt(number, frame):
+            before = len(begun)
+            atexit.register(lambda: print(len(begun) - before))
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+    """
+    with script(count, body, run="time.sleep(0.2)", call_is_ready=call_is_ready) as process:
+        interrupt_when("ready", process)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1
+    assert errors.endswith("\nKeyboardInterrupt\n")
+    assert int(output) <= 4  # those that were just about to begin
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "run_two_stage(range(1000), list, fetch_result, **SETTINGS)",
+        "list(iter_two_stage(range(1000), list, fetch_result, **SETTINGS))",
+        """
+        with iter_two_stage(range(1000), list, fetch_result, **SETTINGS) as outcomes:
+            list(outcomes)
+        """,
+    ],
+    ids=["run", "next", "with"],
+)
+def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
+    tell = """
+        end = Coordinator._end
+        over = threading.Event()
+
+        def end_and_tell(coordinator, error):
+            is_news = not coordinator.ending
+            end(coordinator, error)
+            if is_news:
+                print("ending", flush=True)
+
+        Coordinator._end = end_and_tell
+    """
+    caught = """
+        except KeyboardInterrupt:
+            print("given up", over.is_set(), len(begun), flush=True)
+            over.set()  # the interpreter waits for calls that run, whatever is done
+    """
+    body = "try:\n" + indent(dedent(job), "    ") + dedent(caught)
+    with script(tell, body, run=f"over.wait({PATIENCE})", call_is_ready=True) as process:
+        interrupt_when("ready", process)
+        interrupt_when("ending", process)  # the first interrupt has come: calls are awaited
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "given up False 4\n"
+    assert errors == ""
+    assert process.returncode == 0
