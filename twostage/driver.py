@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from contextvars import ContextVar
@@ -89,8 +88,10 @@ class ThreadDriver:
             return None if self._messages.empty() else self._messages.get()
         while True:
             alive = self._thread is not None and self._thread.is_alive()
-            with contextlib.suppress(Empty):
+            try:  # not `suppress`: Ctrl-C at its end would have two tracebacks
                 return self._messages.get(timeout=LONGEST_GET)
+            except Empty:
+                pass
             if not alive:  # it could not be started, or Ctrl-C came just before
                 return Message([], 0, ended=True, error=RuntimeError("the coordinator's thread is gone"))
 
