@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -19,7 +21,7 @@ from twostage.retry import Judge
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from twostage.calls import Call, Outcome
     from twostage.completions import Event
@@ -247,10 +249,10 @@ class CoordinatorMachine(RuleBasedStateMachine):
         if self.events or self.coordinator.ending:
             return
         first, second = self.workers
-        at_one = sum(
-            len(call.outcomes) for call in [*first.waiting, *first.running] if isinstance(call, Batch)
-        )
-        at_two = len(second.waiting) + len(second.running) + len(self.coordinator.result_line.waiting)
+        calls = [*first.waiting, *first.running, *self.coordinator.token_line.due]
+        at_one = sum(len(call.outcomes) for call in calls if isinstance(call, Batch))
+        line = self.coordinator.result_line
+        at_two = len(second.waiting) + len(second.running) + len(line.waiting) + len(line.due)
         not_taken = 0 if self.listed else len(self.handed) - self.taken
         assert self.coordinator.in_progress == at_one + at_two + not_taken
 
@@ -275,6 +277,14 @@ class CoordinatorMachine(RuleBasedStateMachine):
             else:
                 assert sorted(outcome.index for outcome in self.handed) == list(range(self.read))
         assert self.lost is None or self.closed or not self.return_exceptions
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> Iterator[None]:
+    log = logging.getLogger("twostage")
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(logging.NOTSET)
 
 
 def machine(**variant: bool) -> Any:  # noqa: ANN401 - what unittest makes of it
