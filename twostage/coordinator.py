@@ -333,7 +333,7 @@ class Coordinator:
         """Decides how many more batches to ask for: whole ones, up to one bound read and not started."""
         size = self.batch_size
         stock = len(self.batches) + self.asked
-        if self.source_ended or self.ending or 2 * stock * size >= self.bound:
+        if self.source_ended or self.ending:
             return 0
         room = self.window - (self.read + self.asked * size - self.taken)
         return max(0, min(self.bound // size - stock, room // size))
