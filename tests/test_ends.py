@@ -168,19 +168,36 @@ def test_close_waits_for_calls_of_stage_one_and_sends_nothing_on(ending: threadi
 
 
 def test_close_drops_what_waits_for_its_next_attempt() -> None:
+    class Token:
+        """Can be referred to weakly."""
+
+        def __init__(self, item: str) -> None:
+            self.item = item
+
+    tokens: list[weakref.ref[Token]] = []
     waits = threading.Event()
     hour = Retrying(stop=stop_after_attempt(3), wait=wait_fixed(3600), before_sleep=lambda _: waits.set())
 
-    def fetch(item: str) -> str:
-        if item == "b":
-            raise KeyError(item)
-        return item
+    def fetch_token(item: str) -> Token:
+        token = Token(item)
+        tokens.append(weakref.ref(token))
+        return token
 
-    outcomes = iter_two_stage("ab", fetch, str.upper, retry=hour)
-    assert next(outcomes).result == "A"
+    def fetch_result(token: Token) -> None:
+        if token.item == "b":
+            raise KeyError
+
+    outcomes = iter_two_stage("ab", fetch_token, fetch_result, retry=hour)
+    next(outcomes)
     assert waits.wait(PATIENCE)
-    outcomes.close()
-    assert not ours()
+    gc.collect()
+    gc.disable()
+    try:
+        outcomes.close()
+        assert not ours()
+        assert [token() for token in tokens] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_after_close_there_is_nothing_and_closing_again_is_harmless() -> None:

@@ -332,6 +332,7 @@ def test_second_interrupt_gives_up_the_waiting_and_nothing_else(
 
 def give_up(job: Job, target: Place | None, ending: threading.Event) -> Interrupter:
     """Interrupts a job that has been interrupted, and asserts that control is back while calls run."""
+    tracer = sys.gettrace()  # coverage's
     world = World()
     ending.clear()
     interrupter = world.interrupter = Interrupter(target, world.release.set)
@@ -340,7 +341,7 @@ def give_up(job: Job, target: Place | None, ending: threading.Event) -> Interrup
     except KeyboardInterrupt:
         pass
     finally:
-        sys.settrace(None)
+        sys.settrace(tracer)
     assert interrupter.hit or world.release.is_set(), target
     gc.collect()
     assert ending.wait(PATIENCE / 2), target
