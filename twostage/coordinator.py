@@ -321,6 +321,8 @@ class Coordinator:
                 batches.append(self.batches.popleft())
                 self.in_progress += len(batches[-1].outcomes)
             line.start(batches, now)
+            if self.finished == self.result_line.runner.out == 0:
+                self.result_line.runner.expect(self.in_progress)
 
     def _start_results(self, now: float) -> None:
         line = self.result_line

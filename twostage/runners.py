@@ -41,6 +41,9 @@ class Runner(Protocol):
             BaseException: A `submit` did. Each call was then handed over or not, as `out` says.
         """
 
+    def expect(self, calls: int) -> None:
+        """Hears, before its first call, how many are on their way."""
+
     def take_back(self) -> list[Call]:
         """Takes back what has not begun and returns it, in its order."""
 
@@ -92,6 +95,9 @@ class ExecutorRunner:
             self._ended(call, None, error)
         else:
             self._ended(call, future.result(), None)
+
+    def expect(self, calls: int) -> None:
+        pass
 
     def take_back(self) -> list[Call]:
         # One by one, since `shutdown(cancel_futures=True)` is not ours to call; running ones refuse.
@@ -149,10 +155,15 @@ class PoolRunner:
         put = self._queue.put
         for ticket in tickets:
             put(ticket)
-        self._grow()
+        self._grow(self.out)
 
-    def _grow(self) -> None:
-        while self._tasks < self._workers and self._tasks < self.out:
+    def expect(self, calls: int) -> None:
+        self._grow(
+            calls
+        )  # a thread takes 0.2 ms to start: a thousand of them would keep the first calls waiting
+
+    def _grow(self, calls: int) -> None:
+        while self._tasks < min(self._workers, calls):
             try:
                 task = self._pool.submit(self._work)
             except RuntimeError as error:
@@ -167,7 +178,7 @@ class PoolRunner:
     def _task_ended(self, _subject: object, _answer: object, _error: BaseException | None) -> None:
         self._tasks -= 1
         if not self._stopped:
-            self._grow()
+            self._grow(self.out)
 
     def _attempt_ended(self, call: Call, answer: object, error: BaseException | None) -> None:
         self.out -= 1

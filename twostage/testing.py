@@ -366,6 +366,9 @@ class _VirtualRunner:
         self.out -= 1
         self._ended(call, answer, error)
 
+    def expect(self, calls: int) -> None:
+        pass
+
     def take_back(self) -> list[Call]:
         back = [*self._first, *self._queue]
         self._first.clear()
