@@ -844,16 +844,25 @@ def test_script_ends_though_an_iterator_is_left(
     last_line: str, code: int, last_word: str, executor: str
 ) -> None:
     """Some 800 calls of 20 ms wait for four workers, each of which may go on for half a second."""
-    script = dedent(SCRIPT).replace("EXECUTOR = None", f"EXECUTOR = {executor}") + last_line
-    process = subprocess.run(  # noqa: S603 - a script of this file
+    process = ran(dedent(SCRIPT).replace("EXECUTOR = None", f"EXECUTOR = {executor}") + last_line)
+    assert process.returncode == code
+    assert process.stderr.count("Traceback") == (last_word != "")
+    assert "Exception" not in process.stderr  # in a thread, or ignored
+    assert process.stderr.endswith(last_word + "\n" if last_word else "")
+    assert int(process.stdout) < 300  # 4 * 0.5 s / 20 ms, and some for a slow machine
+
+
+def test_script_ends_though_an_iterator_with_nothing_to_do_is_left() -> None:
+    """It waits for its consumer, who is gone."""
+    process = ran(dedent(SCRIPT).replace("time.sleep(0.02)", "pass"))
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def ran(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 - a script of this file
         [sys.executable, "-W", "error", "-c", script],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
-    assert process.returncode == code
-    assert process.stderr.count("Traceback") == (last_word != "")
-    assert "Exception" not in process.stderr  # in a thread, or ignored
-    assert process.stderr.endswith(last_word + "\n" if last_word else "")
-    assert int(process.stdout) < 300  # 4 * 0.5 s / 20 ms, and some for a slow machine

@@ -335,7 +335,12 @@ def give_up(job: Job, target: Place | None, ending: threading.Event) -> Interrup
     tracer = sys.gettrace()  # coverage's
     world = World()
     ending.clear()
-    interrupter = world.interrupter = Interrupter(target, world.release.set)
+
+    def release() -> None:
+        if ending.is_set():
+            world.release.set()
+
+    interrupter = world.interrupter = Interrupter(target, release)
     try:
         job(world)
     except KeyboardInterrupt:
