@@ -13,16 +13,25 @@ import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from common import (
+    ALWAYS,
+    PATIENCE,
+    LeaveError,
+    Run,
+    each_way,
+    frames,
+    iterate_in_order,
+    ours,
+    until,
+)
 from tenacity import (
     Retrying,
-    retry_if_exception,
     retry_if_exception_type,
     stop_after_attempt,
     wait_fixed,
-    wait_none,
 )
 
 from twostage import Outcome, Stage, iter_two_stage, run_two_stage
@@ -31,44 +40,7 @@ from twostage.coordinator import Coordinator
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-Run: TypeAlias = "Callable[..., list[Any]]"
-
 WORKERS: Final = 3
-PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
-ALWAYS: Final = Retrying(
-    retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(5), wait=wait_none()
-)
-
-
-class LeaveError(BaseException):
-    """One that is no `Exception`, as a user may have it."""
-
-
-def run(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    return run_two_stage(*args, **settings)
-
-
-def iterate(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    with iter_two_stage(*args, **settings) as outcomes:
-        return [outcome.result if outcome.exception is None else outcome.exception for outcome in outcomes]
-
-
-def iterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    return iterate(*args, ordered=True, **settings)
-
-
-each_way = pytest.mark.parametrize("job", [run, iterate, iterate_in_order])
-
-
-def ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("twostage")]
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it has not come to that"
-        time.sleep(0.001)
 
 
 def source_of(items: Iterable[Any], closed: list[str], error: BaseException | None = None) -> Iterator[Any]:
@@ -91,10 +63,6 @@ def taken_before(kind: type[Exception], outcomes: Iterator[Outcome[Any, Any, Any
     except kind:
         return results
     raise AssertionError("it was not raised")
-
-
-def frames(error: BaseException) -> list[str]:
-    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 
 import pytest
+from common import PATIENCE, ours, until
 
 from twostage import iter_two_stage, run_two_stage
 from twostage.coordinator import Coordinator
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import FrameType
 
-PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
 VISITS: Final = 2  # of a line: it may be reached in several states
 HALF: Final = ("twostage.run", "twostage.outcomes", "twostage.driver")
 
@@ -216,17 +216,6 @@ SURE: Final = {
     "ThreadDriver.receive",
     "ThreadDriver.join",
 }
-
-
-def ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("twostage")]
-
-
-def until(condition: Callable[[], object], what: object) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.0005)
 
 
 @pytest.fixture

@@ -21,12 +21,11 @@ from twostage.testing import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from concurrent.futures import Executor
 
     from twostage.calls import Call
     from twostage.completions import Event, Handler
     from twostage.coordinator import Coordinator, Message
-    from twostage.runners import Runner
+    from twostage.runners import Runner, Work
 
 Key = tuple[str, int]
 """A call: its stage, and its first item's index."""
@@ -79,15 +78,8 @@ class Recorder(ThreadDriver):
         self.draws: list[float] = []
         self.started: list[Key] = []
 
-    def runner(
-        self,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        workers: int,
-        executor: Executor | None,
-    ) -> Any:  # noqa: ANN401 - a runner in all but type
-        return NotedRunner(super().runner(fetch, argument, ended, workers, executor), self.started)
+    def runner(self, work: Work) -> Any:  # noqa: ANN401 - a runner in all but type
+        return NotedRunner(super().runner(work), self.started)
 
     def start(self, coordinator: Coordinator) -> None:
         handle = coordinator.handle
@@ -151,8 +143,8 @@ class Replayer:
         self.runners: list[ReplayedRunner] = []
         self.coordinator: Coordinator | None = None
 
-    def runner(self, _fetch: object, _argument: object, ended: Handler, *_: object) -> ReplayedRunner:
-        self.runners.append(ReplayedRunner(ended, self.started))
+    def runner(self, work: Work) -> ReplayedRunner:
+        self.runners.append(ReplayedRunner(work.ended, self.started))
         return self.runners[-1]
 
     def replay(self, coordinator: Coordinator, wake_up: WakeUp) -> WakeUp:

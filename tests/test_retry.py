@@ -7,7 +7,6 @@ import linecache
 import logging
 import random
 import threading
-import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tenacity
 import tenacity.asyncio
+from common import frames
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -494,10 +494,6 @@ each_end = pytest.mark.parametrize(
     ],
     ids=["no policy", "default", "never", "gives up", "reraise", "callback"],
 )
-
-
-def frames(error: BaseException) -> list[str]:
-    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 
 
 @each_end

@@ -20,54 +20,15 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
+from common import ALWAYS, PATIENCE, LeaveError, Run, each_way, run, until
 
 from twostage import Stage, iter_two_stage, run_two_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-Run: TypeAlias = "Callable[..., list[Any]]"
-
-PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
-ALWAYS: Final = Retrying(
-    retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(5), wait=wait_none()
-)
-
-
-class LeaveError(BaseException):
-    """One that is no `Exception`, as a user may have it."""
-
-
-def run(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    return run_two_stage(*args, **settings)
-
-
-def iterate(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    results = {}
-    with iter_two_stage(*args, **settings) as outcomes:
-        for outcome in outcomes:
-            assert outcome.index not in results
-            results[outcome.index] = outcome.exception or outcome.result
-    return [results[index] for index in sorted(results)]
-
-
-def iterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    with iter_two_stage(*args, ordered=True, **settings) as outcomes:
-        return [outcome.exception or outcome.result for outcome in outcomes]
-
-
-each_way = pytest.mark.parametrize("job", [run, iterate, iterate_in_order])
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it has not come to that"
-        time.sleep(0.001)
 
 
 def text(number: int) -> str:

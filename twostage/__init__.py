@@ -1,6 +1,7 @@
 """Two API calls for every item, the second needing what the first returned.
 
-The names below are the public ones; the modules are the library's own business.
+The names below are the public ones, and those of `twostage.testing`, with which scripts are tested; the
+other modules are the library's own business.
 """
 
 from twostage.calls import Outcome

@@ -6,7 +6,7 @@ import threading
 import time
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from twostage.completions import Completions
 from twostage.coordinator import Message
@@ -14,11 +14,10 @@ from twostage.runners import ExecutorRunner, PoolRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Executor
 
-    from twostage.completions import Event, Handler
+    from twostage.completions import Event
     from twostage.coordinator import Coordinator
-    from twostage.runners import Runner
+    from twostage.runners import Runner, Work
 
 __all__ = ["Driver", "ThreadDriver", "world"]
 
@@ -32,14 +31,7 @@ class Driver(Protocol):
     def start(self, coordinator: Coordinator) -> None:
         """Begins to run `coordinator`; its runners were made by this driver."""
 
-    def runner(
-        self,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        workers: int,
-        executor: Executor | None,
-    ) -> Runner:
+    def runner(self, work: Work) -> Runner:
         """Returns a runner whose events reach the coordinator."""
 
     def send(self, event: Event) -> None:
@@ -61,17 +53,10 @@ class ThreadDriver:
         self._thread: threading.Thread | None = None
         self.send = self._completions.put
 
-    def runner(
-        self,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        workers: int,
-        executor: Executor | None,
-    ) -> Runner:
-        if executor is None:
-            return PoolRunner(fetch, argument, ended, self._completions, workers, time.monotonic)
-        return ExecutorRunner(fetch, argument, ended, self._completions, executor, time.monotonic)
+    def runner(self, work: Work) -> Runner:
+        if work.executor is None:
+            return PoolRunner(work, self._completions, time.monotonic)
+        return ExecutorRunner(work, work.executor, self._completions, time.monotonic)
 
     def start(self, coordinator: Coordinator) -> None:
         # A daemon, or a script that has left its iterator somewhere would never end.

@@ -13,6 +13,7 @@ from twostage.driver import world
 from twostage.lines import Line
 from twostage.outcomes import Job, Outcomes
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy
+from twostage.runners import Work
 from twostage.stage import DEFAULT_RETRY, ONE_ITEM_A_CALL, Default, Stage, check_function, positive_int
 
 if TYPE_CHECKING:
@@ -386,10 +387,10 @@ def _job(
     )
     driver = world.get()()
     token_line.runner = driver.runner(
-        first.fetch, argument, coordinator.batch_ended, first.workers, first.executor
+        Work(first.fetch, argument, coordinator.batch_ended, first.workers, first.executor)
     )
     result_line.runner = driver.runner(
-        second.fetch, _token, coordinator.result_ended, second.workers, second.executor
+        Work(second.fetch, _token, coordinator.result_ended, second.workers, second.executor)
     )
     # A generator was given to be used up here; to close anybody else's iterator is not our business.
     close_source = getattr(items, "close", None) if source is items else None

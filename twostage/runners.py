@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from twostage.errors import without_our_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from concurrent.futures import Executor, Future
 
     from twostage.calls import Call
     from twostage.completions import Completions, Handler
 
-__all__ = ["ExecutorRunner", "PoolRunner", "Runner"]
+__all__ = ["ExecutorRunner", "PoolRunner", "Runner", "Work"]
+
+Clock: TypeAlias = Callable[[], float]
 
 # How long a task of our pool waits for a next call, and how long it goes on with calls. The second is
 # how long calls can still begin after the interpreter has begun to end, for only then a task is
 # submitted anew, and that is refused.
 LINGER = 0.05
 TASK_TIME = 0.45
+
+
+class Work(NamedTuple):
+    """What a runner is for.
+
+    Attributes:
+        fetch: The user's function.
+        argument: Takes a call; returns what `fetch` is given, anew for each attempt.
+        ended: Hears of the end of each attempt, in the coordinator's thread.
+        workers: How many attempts may run at once.
+        executor: Where they run; `None` for a pool of our own.
+    """
+
+    fetch: Callable[[Any], Any]
+    argument: Callable[[Any], Any]
+    ended: Handler
+    workers: int
+    executor: Executor | None
 
 
 class Runner(Protocol):
@@ -57,21 +78,11 @@ class Runner(Protocol):
 class ExecutorRunner:
     """One future an attempt, on an executor that others may use too and that is not ours to end."""
 
-    def __init__(
-        self,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        completions: Completions,
-        executor: Executor,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, work: Work, executor: Executor, completions: Completions, clock: Clock) -> None:
         self.out = 0
-        self._fetch = fetch
-        self._argument = argument
-        self._ended = ended
-        self._completions = completions
+        self._work = work
         self._executor = executor
+        self._completions = completions
         self._clock = clock
         self._futures: dict[Call, Future[Any]] = {}
 
@@ -79,7 +90,7 @@ class ExecutorRunner:
         del first  # what is out is never more than may run at once, so nothing waits here
         for call in calls:
             call.began = self._clock()
-            future = self._executor.submit(self._fetch, self._argument(call))
+            future = self._executor.submit(self._work.fetch, self._work.argument(call))
             self._futures[call] = future
             self.out += 1
             self._completions.add(future, (self._done, call, None, None))
@@ -90,11 +101,11 @@ class ExecutorRunner:
             return  # taken back
         self.out -= 1
         if future.cancelled():
-            self._ended(call, None, CancelledError("the executor cancelled the call before it ran"))
+            self._work.ended(call, None, CancelledError("the executor cancelled the call before it ran"))
         elif (error := future.exception()) is not None:
-            self._ended(call, None, error)
+            self._work.ended(call, None, error)
         else:
-            self._ended(call, future.result(), None)
+            self._work.ended(call, future.result(), None)
 
     def expect(self, calls: int) -> None:
         pass
@@ -123,23 +134,12 @@ class PoolRunner:
     may have been put just when the last task had stopped looking.
     """
 
-    def __init__(
-        self,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        completions: Completions,
-        workers: int,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, work: Work, completions: Completions, clock: Clock) -> None:
         self.out = 0
-        self._fetch = fetch
-        self._argument = argument
-        self._ended = ended
+        self._work = work
         self._completions = completions
-        self._workers = workers
         self._clock = clock
-        self._pool = ThreadPoolExecutor(workers, "twostage")
+        self._pool = ThreadPoolExecutor(work.workers, "twostage")
         self._tasks = 0
         self._stopped = False
         self._queue: SimpleQueue[Call | None] = SimpleQueue()
@@ -163,9 +163,9 @@ class PoolRunner:
         )  # a thread takes 0.2 ms to start: a thousand of them would keep the first calls waiting
 
     def _grow(self, calls: int) -> None:
-        while self._tasks < min(self._workers, calls):
+        while self._tasks < min(self._work.workers, calls):
             try:
-                task = self._pool.submit(self._work)
+                task = self._pool.submit(self._go_on)
             except RuntimeError as error:
                 if "shutdown" in str(error):
                     error.add_note(
@@ -182,17 +182,12 @@ class PoolRunner:
 
     def _attempt_ended(self, call: Call, answer: object, error: BaseException | None) -> None:
         self.out -= 1
-        self._ended(call, answer, error)
+        self._work.ended(call, answer, error)
 
-    def _work(self) -> None:
+    def _go_on(self) -> None:
         """Makes attempts, one after the other; runs in a thread of the pool."""
-        clock, fetch, argument, put, attempt_ended = (
-            self._clock,
-            self._fetch,
-            self._argument,
-            self._completions.put,
-            self._attempt_ended,
-        )
+        fetch, argument, *_ = self._work
+        clock, put, attempt_ended = self._clock, self._completions.put, self._attempt_ended
         end = clock() + TASK_TIME
         while clock() < end:
             try:

@@ -31,14 +31,14 @@ from twostage.errors import without_our_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Executor
     from contextvars import Token
     from types import TracebackType
 
     from twostage.calls import Call, Outcome
-    from twostage.completions import Event, Handler
+    from twostage.completions import Event
     from twostage.coordinator import Coordinator, Message
     from twostage.driver import Driver
+    from twostage.runners import Work
 
 __all__ = ["ApiError", "Latency", "SimulatedApi", "VirtualTime", "sleep"]
 
@@ -274,16 +274,8 @@ class _VirtualDriver:
         self._runners: list[_VirtualRunner] = []
         self._messages: deque[Message] = deque()
 
-    def runner(
-        self,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        workers: int,
-        executor: Executor | None,
-    ) -> _VirtualRunner:
-        del executor  # whatever it is, at most `workers` attempts run at once
-        runner = _VirtualRunner(self, self._virtual, fetch, argument, ended, workers)
+    def runner(self, work: Work) -> _VirtualRunner:
+        runner = _VirtualRunner(self, self._virtual, work)
         self._runners.append(runner)
         return runner
 
@@ -323,22 +315,12 @@ class _VirtualDriver:
 class _VirtualRunner:
     """A pool of virtual workers: after a success one goes on at once, after a failure when it is told."""
 
-    def __init__(
-        self,
-        driver: _VirtualDriver,
-        virtual: VirtualTime,
-        fetch: Callable[[Any], Any],
-        argument: Callable[[Any], Any],
-        ended: Handler,
-        workers: int,
-    ) -> None:
+    def __init__(self, driver: _VirtualDriver, virtual: VirtualTime, work: Work) -> None:
         self.out = 0
-        self.idle = workers
+        self.idle = work.workers
         self._driver = driver
         self._virtual = virtual
-        self._fetch = fetch
-        self._argument = argument
-        self._ended = ended
+        self._work = work
         self._queue: deque[Call] = deque()
         self._first: deque[Call] = deque()
 
@@ -352,7 +334,7 @@ class _VirtualRunner:
             call = (self._first or self._queue).popleft()
             self.idle -= 1
             self._virtual._record("begin", _name(call))  # noqa: SLF001 - one simulation in two classes
-            self._virtual._attempt(self, call, self._fetch, self._argument(call))  # noqa: SLF001
+            self._virtual._attempt(self, call, self._work.fetch, self._work.argument(call))  # noqa: SLF001
 
     def end(self, call: Call, answer: object, error: BaseException | None) -> None:
         failure = "" if error is None else f", {type(error).__name__}"
@@ -364,7 +346,7 @@ class _VirtualRunner:
 
     def _attempt_ended(self, call: Call, answer: object, error: BaseException | None) -> None:
         self.out -= 1
-        self._ended(call, answer, error)
+        self._work.ended(call, answer, error)
 
     def expect(self, calls: int) -> None:
         pass

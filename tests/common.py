@@ -1,0 +1,63 @@
+"""What several test modules use: one job in each of the three forms, and waiting for what must come."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import pytest
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
+
+from twostage import iter_two_stage, run_two_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Run: TypeAlias = "Callable[..., list[Any]]"
+
+PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
+ALWAYS: Final = Retrying(
+    retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(5), wait=wait_none()
+)
+
+
+class LeaveError(BaseException):
+    """One that is no `Exception`, as a user may have it."""
+
+
+def run(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
+    return run_two_stage(*args, **settings)
+
+
+def iterate(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
+    results = {}
+    with iter_two_stage(*args, **settings) as outcomes:
+        for outcome in outcomes:
+            assert outcome.index not in results
+            results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
+    return [results[index] for index in sorted(results)]
+
+
+def iterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
+    with iter_two_stage(*args, ordered=True, **settings) as outcomes:
+        return [outcome.result if outcome.exception is None else outcome.exception for outcome in outcomes]
+
+
+each_way = pytest.mark.parametrize("job", [run, iterate, iterate_in_order])
+
+
+def ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("twostage")]
+
+
+def until(condition: Callable[[], object], what: object = "it") -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what} has not come"
+        time.sleep(0.001)
+
+
+def frames(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
