@@ -20,6 +20,7 @@ from importlib import import_module
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import tenacity
 from jobs import PATIENT, PAUSE, RESULTS_A_PAUSE, SCENARIOS
 from ways import PEERS, within_bound
 
@@ -49,9 +50,13 @@ def measure(scenario: str, name: str) -> Run:
     library = import_module(peer.needs)  # before the clock runs
     job = SCENARIOS[scenario].ready(coroutines=not peer.on_threads)
     if job.fail and name != "twostage":
-        job = job._replace(
-            fetch_tokens=partial(PATIENT, job.fetch_tokens), fetch_result=partial(PATIENT, job.fetch_result)
+        # Called: as a decorator it has one set of statistics for all threads, and fails at times.
+        patient = (
+            partial(partial, PATIENT)
+            if peer.on_threads
+            else tenacity.retry(retry=PATIENT.retry, wait=PATIENT.wait, stop=PATIENT.stop)
         )
+        job = job._replace(fetch_tokens=patient(job.fetch_tokens), fetch_result=patient(job.fetch_result))
     started: list[int] = []
     if job.pauses:
         job = job._replace(fetch_tokens=partial(counted, started, job.fetch_tokens))
