@@ -646,3 +646,44 @@ def test_function_already_under_retry_is_warned_of_at_the_caller_s_line() -> Non
     with pytest.warns(UserWarning, match="is already under tenacity's @retry") as caught:
         Stage(fetch)
     assert the_line_warned_at(caught) == "Stage(fetch)"
+
+
+def test_result_that_the_policy_would_refuse_is_no_outcome_while_the_job_ends() -> None:
+    ending = threading.Event()
+
+    def fetch(item: str) -> str:
+        if item == "fails":
+            raise ValueError
+        assert ending.wait(10)
+        return "refused"
+
+    retry = refuse_results(after=lambda _: None)
+    with iter_two_stage(["refused", "fails"], str, fetch, retry=retry, ordered=True) as outcomes:
+        coordinator = outcomes._job._coordinator
+        end = coordinator._end
+
+        def end_and_tell(error: BaseException | None) -> None:
+            end(error)
+            ending.set()
+
+        coordinator._end = end_and_tell  # type: ignore[method-assign]
+        with pytest.raises(ValueError):  # noqa: PT011 - it has no text
+            next(outcomes)
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise AttributeError("no name")
+
+
+@pytest.mark.parametrize(
+    ("item", "name"), [(Unprintable(), "<Unprintable"), (10**5000, "<int>")], ids=["class", "int"]
+)
+def test_item_whose_repr_fails_does_not_hide_the_failure(item: object, name: str) -> None:
+    [error] = run_two_stage([item], str_of_type, Scripted(KeyError()), return_exceptions=True)
+    assert isinstance(error, KeyError)
+    assert name in error.__notes__[0]
+
+
+def str_of_type(item: object) -> str:
+    return type(item).__name__

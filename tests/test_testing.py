@@ -191,3 +191,11 @@ def test_simulated_api_works_in_real_time() -> None:
 def test_simulated_api_refuses_what_can_not_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimulatedApi(str, **settings)
+
+
+def test_simulated_api_begins_anew_in_another_virtual_time() -> None:
+    api = SimulatedApi(str, latency=1, limit=4)
+    for calls in (8, 16):
+        with VirtualTime() as virtual:
+            run_two_stage(range(8), int, api, result_workers=4)
+        assert (api.calls, virtual.now) == (calls, 2)

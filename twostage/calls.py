@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from twostage.errors import brief
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -62,7 +63,7 @@ class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
     index: int
     item: ItemT
     token: TokenT | None
-    exception: BaseException | None
+    exception: Exception | None
     token_attempts: int
 
     def __init__(self, index: int, item: ItemT) -> None:
@@ -98,4 +99,4 @@ class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
     def __repr__(self) -> str:
         # Neither token nor result, and of an exception its type alone: its text often holds a URL.
         state = "done" if self.exception is None else type(self.exception).__name__
-        return f"<Outcome {self.index} of item {reprlib.repr(self.item)}: {state}>"
+        return f"<Outcome {self.index} of item {brief(self.item)}: {state}>"

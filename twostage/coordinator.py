@@ -8,11 +8,10 @@ import math
 from collections import deque
 from heapq import heappop, heappush
 from itertools import count
-from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import Batch, Outcome
-from twostage.errors import without_our_frames
+from twostage.errors import brief, without_our_frames
 from twostage.retry import Answer, Fail
 from twostage.transient import status_of
 
@@ -62,6 +61,7 @@ class Coordinator:
         token_line: Stage one.
         result_line: Stage two.
         batch_size: How many items a batch holds.
+        bound: How many items may be in progress before nothing new is begun.
         window: How many items may be read and not handed over.
         return_exceptions: Whether a failed item is an outcome like any other, or the end of the job.
         results: The list to put results in, if nobody takes outcomes one by one.
@@ -213,7 +213,7 @@ class Coordinator:
             except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
                 error = refused.with_traceback(None)
             else:
-                if not line.judge.judges_results or self.ending:
+                if not line.judge.judges_results:
                     return value
         elif not isinstance(error, Exception):
             self._end(error)

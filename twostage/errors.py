@@ -1,11 +1,12 @@
 """The library's own exceptions and warnings; all other exceptions are the caller's functions'."""
 
+import reprlib
 import sys
 import warnings
 from types import FrameType
 from typing import TypeVar
 
-__all__ = ["BatchLengthError", "warn", "without_our_frames"]
+__all__ = ["BatchLengthError", "brief", "warn", "without_our_frames"]
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -30,6 +31,14 @@ class BatchLengthError(ValueError):
             f"fetch_token got {self.expected} items and returned {self.returned} tokens; "
             "it must return one token for each item, in the items' order"
         )
+
+
+def brief(item: object) -> str:
+    """Returns a short text for an item, whatever it is: its own `repr` may fail, or refuse a huge number."""
+    try:
+        return reprlib.repr(item)
+    except Exception:  # noqa: BLE001 - the failure that is being told of must not be lost over this one
+        return f"<{type(item).__name__}>"
 
 
 def warn(message: str) -> None:

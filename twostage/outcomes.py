@@ -133,7 +133,8 @@ class Outcomes(Generic[ItemT, TokenT, ResultT]):
     The job starts at the first `next` and goes on in its own threads while the consumer is away, until
     the in-progress bound or the window is reached. It can be used from several threads, one at a time.
     Closing it, or leaving its `with` block, starts nothing more, waits for the calls that run and
-    closes the source if that is a generator. One that is dropped is cleaned up as well, without waiting.
+    closes the source if that is a generator, or another iterator that can be closed. One that is
+    dropped is cleaned up as well, without waiting.
     """
 
     def __init__(self, job: Job) -> None:

@@ -174,7 +174,7 @@ def check_policy(policy: object, name: str) -> RetryPolicy:
     for part in ("retry", "stop", "wait", "after", "before_sleep", "retry_error_callback"):
         if _is_async(getattr(policy, part)):
             raise TypeError(f"{name} has a coroutine function as its {part}; expected a plain function there")
-    if policy.stop is stop_never:
+    if policy.stop is stop_never and getattr(policy, "enabled", True):
         warn(f"{name} has no stop: what always fails is tried for ever; add e.g. stop=stop_after_attempt(8)")
     return policy
 

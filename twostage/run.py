@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter
-from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from twostage.answers import checked_result, checked_token, checked_tokens
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
+from twostage.errors import brief
 from twostage.lines import Line
 from twostage.outcomes import Job, Outcomes
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy
@@ -134,7 +134,8 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     `iter_two_stage`.
 
     Args:
-        items: Any iterable; it is read as the job goes on, in this thread, a batch at a time.
+        items: Any iterable; it is read as the job goes on, in this thread, a batch at a time. While a
+            slow one is waited for, nothing is handed over. An iterator is closed at the end, if it can be.
         fetch_token: Stage one: takes an item and returns its token. With `batch_size` it takes a fresh
             `list` of items and returns as many tokens, in their order. Or a `Stage`.
         fetch_result: Stage two: takes a token and returns the result. Or a `Stage`.
@@ -143,7 +144,7 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
         result_workers: How many calls of stage two run at once. Default: 32.
         retry: What is tried again, for stages that do not say it themselves: a tenacity `Retrying`, a
             number of attempts for the default policy, or `None` for calls that must not be repeated.
-            Default: 10 attempts over some 20 s, if the failure is transient (see `is_transient`).
+            Default: 10 attempts over some 22 s, if the failure is transient (see `is_transient`).
         return_exceptions: Whether the exception of an item that failed takes its result's place in the
             list. Off, it is raised.
         window: How many items may be read and not finished, at most. Default: the larger of
@@ -238,7 +239,8 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     that no call goes on after an exception in the loop.
 
     Args:
-        items: Any iterable; it is read as the job goes on, in this thread, a batch at a time.
+        items: Any iterable; it is read as the job goes on, in this thread, a batch at a time. While a
+            slow one is waited for, nothing is handed over. An iterator is closed at the end, if it can be.
         fetch_token: Stage one: takes an item and returns its token. With `batch_size` it takes a fresh
             `list` of items and returns as many tokens, in their order. Or a `Stage`.
         fetch_result: Stage two: takes a token and returns the result. Or a `Stage`.
@@ -247,13 +249,14 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
         result_workers: How many calls of stage two run at once. Default: 32.
         retry: What is tried again, for stages that do not say it themselves: a tenacity `Retrying`, a
             number of attempts for the default policy, or `None` for calls that must not be repeated.
-            Default: 10 attempts over some 20 s, if the failure is transient (see `is_transient`).
+            Default: 10 attempts over some 22 s, if the failure is transient (see `is_transient`).
         return_exceptions: Whether a failed item is an outcome like any other, with its `exception` set.
             Off, the first failure is raised from `next`, after the outcomes that were done before it.
         window: How many items may be read and not handed over, at most. Default: the larger of
             10,000 and ten times the calls' own need, which is enough for retries and stragglers.
         ordered: Whether outcomes come in the items' order. Those that are done then wait for the ones
             before them: a straggler holds back up to `window` items, and with a small window the calls.
+            If the job ends early, what is done before the failed item is handed over, with gaps.
 
     Returns:
         An iterator of `Outcome`, and a context manager.
@@ -392,7 +395,7 @@ def _job(
     result_line.runner = driver.runner(
         Work(second.fetch, _token, coordinator.result_ended, second.workers, second.executor)
     )
-    # A generator was given to be used up here; to close anybody else's iterator is not our business.
+    # An iterator was given to be used up here; a list, or what else makes iterators, was not.
     close_source = getattr(items, "close", None) if source is items else None
     return Job(source, close_source, coordinator, driver)
 

@@ -128,7 +128,7 @@ class ExecutorRunner:
 class PoolRunner:
     """A pool of threads whose tasks go on: after a success with the next call that was handed over.
 
-    A future an attempt costs 33 µs; a task that goes on 5. It ends after a failure, so that nothing
+    A future an attempt costs 33 µs; a task that goes on 5. It ends after a failure, so that little
     begins before the coordinator has heard of a 429. The hand-over queue gives back what has not
     begun. Each end of a task is an event as well, for whether calls wait must be looked at then: one
     may have been put just when the last task had stopped looking.

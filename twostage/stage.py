@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final, overload
 
@@ -58,7 +58,7 @@ class Stage(Generic[InT_contra, OutT_co]):
             `workers` is how much of it is used. Default: a pool of threads of the job's own.
         retry: A tenacity `Retrying`, which is taken as it is; a number of attempts for the default
             policy; or `None` for calls that must not be repeated. Default: 10 attempts with growing,
-            random waits (0.1 to 20 s), for transient failures only (see `is_transient`).
+            random waits (up to 20 s), for transient failures only (see `is_transient`).
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -68,7 +68,7 @@ class Stage(Generic[InT_contra, OutT_co]):
     8
     """
 
-    fetch: Callable[[Any], Any]
+    fetch: Callable[[Any], Any] = field(repr=False)  # a partial shows its arguments, keys among them
     batch_size: int | Default | None
     workers: int | Default
     executor: Executor | None
@@ -105,8 +105,9 @@ class Stage(Generic[InT_contra, OutT_co]):
     ) -> None:
         check_function(fetch, "fetch")
         if hasattr(fetch, "retry_with") and hasattr(fetch, "statistics"):
+            name = getattr(fetch, "__qualname__", "fetch")
             warn(
-                f"{fetch!r} is already under tenacity's @retry, which sleeps in the worker and hides the "
+                f"{name} is already under tenacity's @retry, which sleeps in the worker and hides the "
                 "retries; pass the plain function, and the policy as retry="
             )
         if batch_size is not None and not isinstance(batch_size, Default):
@@ -160,5 +161,5 @@ def check_function(function: object, name: str) -> None:
     for candidate in (inner, getattr(type(inner), "__call__", None)):  # noqa: B004 - not "is it callable?"
         if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
             raise TypeError(
-                f"{name} is a coroutine function ({function!r}); expected a plain function, called in threads"
+                f"{name} is a coroutine function ({inner!r}); expected a plain function, called in threads"
             )

@@ -59,6 +59,9 @@ def sleep(seconds: float) -> None:
 
     Args:
         seconds: How long. In an attempt's function it is how much longer the attempt takes.
+
+    Raises:
+        ValueError: It is negative.
     """
     if _current is None:
         time.sleep(seconds)
@@ -90,6 +93,9 @@ class SimulatedApi(Generic[ArgumentT, AnswerT]):
         limit: How many calls may run at once; one more gets an `ApiError` of status 429 at once.
         seed: What latencies and failures are drawn from, in the order in which calls begin.
 
+    Raises:
+        ValueError: A setting can't be. (The calls raise `ApiError`.)
+
     Attributes:
         calls: How many calls were made.
         most_at_once: How many ran at the same time, at most.
@@ -120,6 +126,7 @@ class SimulatedApi(Generic[ArgumentT, AnswerT]):
         self._limit = limit
         self._random = random.Random(seed)  # noqa: S311 - nothing secret is drawn
         self._ends: list[float] = []  # a heap: when the calls that run will end
+        self._last = 0.0
         self._lock = threading.Lock()
 
     def __call__(self, argument: ArgumentT) -> AnswerT:
@@ -128,6 +135,9 @@ class SimulatedApi(Generic[ArgumentT, AnswerT]):
             now = time.monotonic() if _current is None else _current.now
             self.calls += 1
             latency, fails = self._draw(), self._random.random() < self._fail
+            if now < self._last:
+                self._ends.clear()  # of another virtual time
+            self._last = now
             while self._ends and self._ends[0] <= now:
                 heapq.heappop(self._ends)
             if len(self._ends) >= self._limit:
@@ -151,7 +161,8 @@ class VirtualTime:
     """A context in which jobs run in virtual time, deterministically.
 
     Jobs are built and run by the caller's thread alone; none of their functions may start a job. If
-    nothing can ever happen any more, the waiting call raises a `RuntimeError` instead of hanging.
+    nothing can ever happen any more, the waiting call raises a `RuntimeError` instead of hanging. A stage's
+    `executor` is not used: at most its `workers` attempts run at once.
 
     Args:
         seed: Where the draws of retry policies begin; `random` itself is put back at the end.

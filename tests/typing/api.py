@@ -249,7 +249,7 @@ def each_outcome(ids: list[int]) -> Iterator[Report]:
             assert_type(outcome.item, int)
             assert_type(outcome.token, Token | None)
             assert_type(outcome.result, Report)
-            assert_type(outcome.exception, BaseException | None)
+            assert_type(outcome.exception, Exception | None)
             assert_type(outcome.token_attempts, int)
             assert_type(outcome.result_attempts, int)
             yield outcome.result
