@@ -649,16 +649,18 @@ def test_function_already_under_retry_is_warned_of_at_the_caller_s_line() -> Non
 
 
 def test_result_that_the_policy_would_refuse_is_no_outcome_while_the_job_ends() -> None:
-    ending = threading.Event()
+    begun, ending = threading.Event(), threading.Event()
 
     def fetch(item: str) -> str:
         if item == "fails":
+            assert begun.wait(10)
             raise ValueError
+        begun.set()
         assert ending.wait(10)
         return "refused"
 
-    retry = refuse_results(after=lambda _: None)
-    with iter_two_stage(["refused", "fails"], str, fetch, retry=retry, ordered=True) as outcomes:
+    stage = Stage(fetch, retry=refuse_results())
+    with iter_two_stage(["waits", "fails"], str, stage, ordered=True) as outcomes:
         coordinator = outcomes._job._coordinator
         end = coordinator._end
 
