@@ -158,9 +158,8 @@ class PoolRunner:
         self._grow(self.out)
 
     def expect(self, calls: int) -> None:
-        self._grow(
-            calls
-        )  # a thread takes 0.2 ms to start: a thousand of them would keep the first calls waiting
+        # A thread takes 0.2 ms to start: a thousand of them would keep the first calls waiting.
+        self._grow(calls)
 
     def _grow(self, calls: int) -> None:
         while self._tasks < min(self._work.workers, calls):
