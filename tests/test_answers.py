@@ -161,7 +161,7 @@ def test_batch_may_return_any_sequence(answer: Any) -> None:  # noqa: ANN401
 
 
 def test_token_and_result_may_be_anything() -> None:
-    anything: list[Any] = [None, 0, "", [], {}, "ab", b"ab", [1, 2], {1, 2}, Array(1, 2), ValueError("x")]
+    anything: list[Any] = [None, 0, "", [], {}, "ab", b"ab", [1, 2], {1, 2}, Array(1, 2), ValueError]
     for token in anything:
         single: Stage[str, Any] = Stage(answering(token))
         batch: Stage[str, Any] = Stage(answering([token, token]), batch_size=2)
@@ -182,7 +182,6 @@ def generate() -> Generator[str]:
         ("ab", "str"),
         (b"ab", "bytes"),
         (bytearray(b"ab"), "bytearray"),
-        ({"a": 1, "b": 2}, "dict"),
         ({"a": 1, "b": 2}.keys(), "dict_keys"),
         ({"a": 1, "b": 2}.items(), "dict_items"),
         ({"a", "b"}, "set"),
@@ -361,7 +360,7 @@ def test_answer_to_be_awaited_is_no_result_either(function: Callable[[object], o
 
     for stages in ((counted, str), (str, counted)):
         calls.clear()
-        errors = run_two_stage("ab", *stages, return_exceptions=True)
+        errors: list[Any] = run_two_stage("ab", *stages, return_exceptions=True)
         assert [type(error) for error in errors] == [TypeError, TypeError]
         assert sorted(map(str, calls)) == ["a", "b"]  # once each: it won't pass by itself
         assert errors[0].__notes__ in (
@@ -500,7 +499,7 @@ def failing(attempts: int = 1) -> Stage[Any, Any]:
 
 def failing_batch(size: int, attempts: int = 1) -> Stage[Any, Any]:
     stage = failing(attempts)
-    return Stage(stage.fetch, batch_size=size, retry=stage.retry)
+    return Stage(stage.fetch, batch_size=size, retry=stage.retry, bisect=False)
 
 
 @pytest.mark.parametrize(

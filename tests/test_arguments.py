@@ -122,9 +122,10 @@ def test_integers_of_other_kinds_are_welcome() -> None:
         {"batch_size": two, "token_workers": two, "result_workers": two, "window": two},
         {"batch_size": two},
     ):
-        assert run_two_stage([1, 2, 3], fetch_tokens, str, **settings) == ["1", "2", "3"]
+        results: list[Any] = run_two_stage([1, 2, 3], fetch_tokens, str, **settings)
+        assert results == ["1", "2", "3"]
     assert sorted(map(len, batches)) == [1, 1, 2, 2]
-    kept = Stage(fetch_tokens, batch_size=two, workers=two)
+    kept: Stage[int, int] = Stage(fetch_tokens, batch_size=two, workers=two)
     assert [type(kept.batch_size), kept.batch_size] == [int, 2]
     assert [type(kept.workers), kept.workers] == [int, 2]
     assert run_two_stage([1, 2, 3], kept, str) == ["1", "2", "3"]
@@ -307,11 +308,6 @@ def test_shorthand_beside_a_stage_that_does_not_set_the_same_is_used() -> None:
     assert sizes == [2, 1]
 
 
-def test_batch_size_on_stage_two_is_a_type_error() -> None:
-    refused(TypeError, "fetch_result has batch_size=3", fetch_result=stage(batch_size=3))
-    refused(TypeError, "fetch_result has batch_size=1", fetch_result=stage(batch_size=1), batch_size=2)
-
-
 # --- items
 
 
@@ -451,7 +447,8 @@ def test_stage_s_repr_says_what_the_defaults_mean_and_no_argument_of_a_partial()
     assert repr(Stage(partial(int, base=16))) == (
         "Stage(batch_size=<default: one item a call>, "
         "workers=<default: 4 for stage one, 32 for stage two>, executor=None, "
-        "retry=<default: 10 attempts if the failure is transient>)"
+        "retry=<default: 10 attempts if the failure is transient>, "
+        "many=<default: False>, bisect=True, retry_missing=False)"
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from twostage.answers import checked_result, checked_tokens
+from twostage.answers import batch_check, checked_result
 from twostage.calls import Batch
 from twostage.coordinator import Coordinator
 from twostage.lines import Line
@@ -83,7 +83,14 @@ class CoordinatorMachine(RuleBasedStateMachine):
         policy = Retrying(stop=stop_after_attempt(2), wait=wait_fixed(WAIT))
         limit = 2 if self.limited else math.inf
         lines = [
-            Line("stage one", limit, checked_tokens, Judge(policy)),
+            Line(
+                "stage one",
+                limit,
+                batch_check("fetch_token", lambda batch: list(batch.members)),
+                Judge(policy),
+                slots=True,
+                batch_size=self.batch_size,
+            ),
             Line("stage two", limit, checked_result, Judge(policy)),
         ]
         self.results: list[Any] | None = [] if self.listed else None
@@ -114,7 +121,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         assert self.due.pop(call, 0) <= self.now, "started before it was due"
         if isinstance(call, Batch) and call.attempts == 0:
             # The coordinator counts a batch before it hands it over.
-            assert self.coordinator.in_progress - len(call.outcomes) < BOUND, "started beyond the bound"
+            assert self.coordinator.in_progress - len(call.members) < BOUND, "started beyond the bound"
 
     def handle(self) -> None:
         if self.ended:
@@ -147,7 +154,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         elif end == "exit":
             error = SystemExit()
         else:
-            answer = [outcome.item for outcome in call.outcomes] if isinstance(call, Batch) else "result"
+            answer = list(call.members) if isinstance(call, Batch) else "result"
         handler = self.coordinator.batch_ended if stage == 0 else self.coordinator.result_ended
 
         def ended(subject: Any, _answer: object, _error: BaseException | None) -> None:  # noqa: ANN401 - a call
@@ -232,7 +239,9 @@ class CoordinatorMachine(RuleBasedStateMachine):
             return
         first, second = self.workers
         assert len(first.running) == 2 or not (first.waiting or coordinator.token_line.due)
-        assert len(first.running) == 2 or not coordinator.batches or coordinator.in_progress >= BOUND
+        least = 1 if self.source_ended else self.batch_size
+        starts = len(coordinator.token_line.waiting) >= least and coordinator.in_progress < BOUND
+        assert len(first.running) == 2 or not starts
         assert len(second.running) == 2 or not (second.waiting or coordinator.result_line.due)
         assert len(second.running) == 2 or not coordinator.result_line.waiting
         due = coordinator.due()
@@ -253,7 +262,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             return
         first, second = self.workers
         calls = [*first.waiting, *first.running, *self.coordinator.token_line.due]
-        at_one = sum(len(call.outcomes) for call in calls if isinstance(call, Batch))
+        at_one = sum(len(call.members) for call in calls if isinstance(call, Batch))
         line = self.coordinator.result_line
         at_two = len(second.waiting) + len(second.running) + len(line.waiting) + len(line.due)
         not_taken = 0 if self.listed else len(self.handed) - self.taken

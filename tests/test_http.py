@@ -353,12 +353,11 @@ def test_unknown_tokens_fail_their_items_alone(library: Library) -> None:
 
 
 @each_library
-def test_batch_that_is_too_large_is_raised_at_once(library: Library) -> None:
+def test_batch_that_is_too_large_is_raised_at_once_without_bisect(library: Library) -> None:
     with quick_api() as api, library.client(api.url) as client:
+        whole: Any = Stage(client.fetch_tokens, batch_size=MOST_IDS + 1, workers=1, bisect=False)
         with pytest.raises(library.refused) as raised:
-            run_two_stage(
-                range(300), client.fetch_tokens, client.fetch_result, batch_size=MOST_IDS + 1, token_workers=1
-            )
+            run_two_stage(range(300), whole, client.fetch_result)
         assert api.attempts == {"tokens": 1, "results": 0}
         assert library.status(raised.value) == 400
         assert raised.value.__notes__ == [f"twostage: stage one, {MOST_IDS + 1} items from 0, 1 attempt"]

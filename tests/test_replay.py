@@ -44,7 +44,7 @@ class WakeUp(NamedTuple):
 
 def key_of(call: Call) -> Key:
     if isinstance(call, Batch):
-        return "batch", call.outcomes[0].index
+        return "batch", call.members[0].index  # type: ignore[union-attr] # items have one token each
     return "token", call.index  # type: ignore[attr-defined] # no third kind
 
 

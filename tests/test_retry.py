@@ -228,16 +228,16 @@ def test_success_does_not_meet_a_policy_for_exceptions(
         run_two_stage(["item"], str, Scripted(ApiError()), retry=chosen)
 
 
-def test_result_policy_of_stage_one_sees_a_batch_s_tokens() -> None:
-    seen: list[list[str]] = []
+def test_result_policy_of_stage_one_sees_each_token_of_a_batch() -> None:
+    seen: list[str] = []
 
-    def refuse(tokens: list[str]) -> bool:
-        seen.append(tokens)
+    def refuse(token: str) -> bool:
+        seen.append(token)
         return len(seen) == 1
 
     fetch_tokens: Stage[str, str] = Stage(list, batch_size=2, retry=policy(retry=retry_if_result(refuse)))
     assert run_two_stage("ab", fetch_tokens, str.upper) == ["A", "B"]
-    assert seen == [["a", "b"], ["a", "b"]]
+    assert seen == ["a", "b", "a"]
 
 
 # --- what a policy calls

@@ -396,8 +396,8 @@ def test_gate_holds_starts_back_and_hears_of_each(
 ) -> None:
     gate = EverySecond()
 
-    def gated_line(name: str, _limit: float, check: Any, judge: Judge) -> Line:  # noqa: ANN401 - passed on
-        return Line(name, 3, check, judge, [gate] if name == stage else [])
+    def gated_line(name: str, _limit: float, check: Any, judge: Judge, **more: Any) -> Line:  # noqa: ANN401 - passed on
+        return Line(name, 3, check, judge, gates=[gate] if name == stage else [], **more)
 
     monkeypatch.setattr("twostage.run.Line", gated_line)
     fails = {4: 2}

@@ -277,7 +277,8 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 @each_way
 def test_stages_may_run_in_processes(job: Run, processes: ProcessPoolExecutor) -> None:
     numbers = range(20)
-    stages: Any = Stage(sorted, batch_size=8, executor=processes), Stage(math.factorial, executor=processes)
+    sort: Any = sorted
+    stages: Any = Stage(sort, batch_size=8, executor=processes), Stage(math.factorial, executor=processes)
     assert job(numbers, *stages) == [math.factorial(number) for number in numbers]
 
 

@@ -5,7 +5,7 @@ other modules are the library's own business.
 """
 
 from twostage.calls import Outcome
-from twostage.errors import BatchLengthError
+from twostage.errors import BatchLengthError, MissingToken
 from twostage.outcomes import Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
@@ -13,6 +13,7 @@ from twostage.transient import is_transient
 
 __all__ = [
     "BatchLengthError",
+    "MissingToken",
     "Outcome",
     "Outcomes",
     "Stage",

@@ -5,37 +5,26 @@ from __future__ import annotations
 from collections.abc import Awaitable, Collection, Coroutine, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from twostage.errors import BatchLengthError
+from twostage.errors import BatchLengthError, MissingToken
 
-__all__ = ["checked_result", "checked_token", "checked_tokens"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
+    from twostage.calls import Batch
 
-def checked_tokens(answer: object, items: int) -> Sequence[Any]:
-    """Returns the tokens that a batch call returned for so many items.
+__all__ = ["Check", "batch_check", "checked_result", "checked_token", "holds_exceptions", "with_lists"]
 
-    Raises:
-        TypeError: The answer is no sequence, or one without an order that could be the items'.
-        BatchLengthError: It has more or fewer tokens than there are items.
-    """
-    if type(answer) is not list:
-        _refuse_awaitable(answer, "fetch_token")
-        wrong = isinstance(answer, str | bytes | bytearray | Mapping | AbstractSet)
-        if wrong or not isinstance(answer, Collection | Sequence):
-            raise TypeError(
-                f"fetch_token returned {type(answer).__name__} for a batch; "
-                "expected a list (or another sequence) with one token for each item, in the items' order"
-            )
-        answer = list(answer)  # what it has, not what its `__len__` says
-    tokens: list[Any] = answer
-    if len(tokens) != items:
-        raise BatchLengthError(items, len(tokens))
-    return tokens
+Check: TypeAlias = "Callable[[Any, Any], Sequence[Any]]"
+"""Takes an answer and its call; returns a value for each of the call's members, or raises."""
+
+FUNCTIONS = {"fetch_token": ("items", "token"), "fetch_result": ("tokens", "result")}
+"""What each takes, and what it returns for one of them."""
 
 
-def checked_token(answer: object, _items: int) -> Sequence[Any]:
-    """Returns what a call for one item returned, as the tokens of a batch of one.
+def checked_token(answer: object, _call: object) -> Sequence[Any]:
+    """Returns what a call of stage one for one item returned.
 
     Raises:
         TypeError: The answer has to be awaited.
@@ -44,14 +33,110 @@ def checked_token(answer: object, _items: int) -> Sequence[Any]:
     return (answer,)
 
 
-def checked_result(answer: Any, _items: int) -> Any:  # noqa: ANN401 - a result is the user's
-    """Returns the result that stage two returned.
+def checked_result(answer: object, _call: object) -> Sequence[Any]:
+    """Returns what a call of stage two for one token returned.
 
     Raises:
         TypeError: The answer has to be awaited.
     """
     _refuse_awaitable(answer, "fetch_result")
-    return answer
+    return (answer,)
+
+
+def batch_check(function: str, arguments: Callable[[Batch], list[Any]]) -> Check:
+    """Returns the check of what `function` returns for a batch: a value for each member, in a list.
+
+    An exception among the values is the failure of its slot. What is wrong with the answer as a whole is
+    raised, a `TypeError` or a `BatchLengthError`.
+
+    Args:
+        function: How the user's function is called in messages.
+        arguments: Takes a batch; returns what its members stand for, items or tokens.
+    """
+    takes, one = FUNCTIONS[function]
+
+    def check(answer: object, batch: Batch) -> list[Any]:
+        if isinstance(answer, Mapping):
+            return _by_key(answer, arguments(batch), function)
+        if type(answer) is not list:
+            _refuse_awaitable(answer, function)
+            wrong = isinstance(answer, str | bytes | bytearray | AbstractSet)
+            if wrong or not isinstance(answer, Collection | Sequence):
+                raise TypeError(
+                    f"{function} returned {type(answer).__name__} for a batch; expected a list (or another "
+                    f"sequence) with one {one} for each {takes[:-1]}, in the {takes}' order, or a mapping"
+                )
+            answer = list(answer)  # what it has, not what its `__len__` says
+        values: list[Any] = answer
+        if len(values) != len(batch.members):
+            raise BatchLengthError(len(batch.members), len(values), function)
+        return values
+
+    return check
+
+
+def _by_key(answer: Mapping[Any, Any], arguments: list[Any], function: str) -> list[Any]:
+    absent = object()
+    takes, _ = FUNCTIONS[function]
+    for argument in arguments:
+        try:
+            hash(argument)
+        except TypeError:
+            raise TypeError(
+                f"{function} returned {type(answer).__name__} for a batch, but a {type(argument).__name__} "
+                f"can't be a key in it; expected a list, in the order of the {takes}"
+            ) from None
+    values = [answer.get(argument, absent) for argument in arguments]
+    text = f"{function} returned a {type(answer).__name__} that does not have it"
+    if answer and all(value is absent for value in values):
+        text = (
+            f"{function} returned a {type(answer).__name__} that has none of the {takes}: "
+            f"they are of type {_kinds(arguments)}, and its keys of type {_kinds(answer)}"
+        )
+    return [MissingToken(text) if value is absent else value for value in values]
+
+
+def _kinds(values: Collection[object]) -> str:
+    return " and ".join(sorted({type(value).__name__ for value in values}))
+
+
+def with_lists(check: Check, *, batched: bool) -> Check:
+    """Returns `check` for a stage whose every value is the list of an item's many tokens.
+
+    Args:
+        check: Of the answer as a whole.
+        batched: Whether a value that is no such list is the failure of its slot, or of the call.
+    """
+
+    def checked(answer: object, call: object) -> list[Any]:
+        lists: list[Any] = []
+        for value in check(answer, call):
+            if batched and isinstance(value, BaseException):
+                lists.append(value)
+                continue
+            try:
+                lists.append(_token_list(value))
+            except TypeError as error:
+                if not batched:
+                    raise
+                lists.append(error.with_traceback(None))
+        return lists
+
+    return checked
+
+
+def _token_list(value: object) -> list[Any]:
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Collection | Sequence):
+        raise TypeError(
+            f"fetch_token returned {type(value).__name__} for an item; with many=True a list is expected "
+            "(or another collection), with the item's tokens"
+        )
+    return list(value)
+
+
+def holds_exceptions(values: Sequence[object]) -> bool:
+    """Whether there are exceptions among a batch's values; costs a look at each one's type."""
+    return any(issubclass(kind, BaseException) for kind in set(map(type, values)))
 
 
 def _refuse_awaitable(answer: object, function: str) -> None:

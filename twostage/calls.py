@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 from twostage.errors import brief
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tenacity import RetryCallState
 
-__all__ = ["Batch", "Call", "Outcome"]
+    from twostage.splits import Halves
+
+__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
@@ -34,15 +38,22 @@ class Call:
 
 
 class Batch(Call):
-    """A call of stage one: the items that it takes together, as their outcomes to be."""
+    """A call that takes several items or tokens together.
 
-    __slots__ = ("outcomes",)
+    Attributes:
+        members: What it takes: the items' outcomes to be; at stage two what would else be calls there.
+            Once some have an answer, only those that are tried again.
+        half_of: What it was split from, if it was.
+    """
 
-    def __init__(self, outcomes: list[Outcome[Any, Any, Any]]) -> None:
+    __slots__ = ("half_of", "members")
+
+    def __init__(self, members: Sequence[Member], half_of: Halves | None = None) -> None:
         self.attempts = 0
         self.began = 0.0
         self.retry_state = None
-        self.outcomes = outcomes
+        self.members = members
+        self.half_of = half_of
 
 
 class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
@@ -96,7 +107,54 @@ class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
         """How many attempts stage two's call took; 0 if stage one failed."""
         return self.attempts
 
+    def copy(self, other: Outcome[Any, Any, Any]) -> None:
+        """Takes over what became of an equal item: the same objects."""
+        self.token = other.token
+        self._result = other._result
+        self.exception = other.exception
+        self.token_attempts = other.token_attempts
+        self.attempts = other.attempts
+
     def __repr__(self) -> str:
         # Neither token nor result, and of an exception its type alone: its text often holds a URL.
         state = "done" if self.exception is None else type(self.exception).__name__
         return f"<Outcome {self.index} of item {brief(self.item)}: {state}>"
+
+
+class TokenList:
+    """What becomes of the tokens of one item, if it has many.
+
+    Attributes:
+        outcome: The item's.
+        results: The tokens' results, in their places, as far as they are there.
+        missing: How many are not.
+        dropped: Whether nobody waits for them any more, as the item has begun again.
+    """
+
+    __slots__ = ("dropped", "missing", "outcome", "results")
+
+    def __init__(self, outcome: Outcome[Any, Any, Any], size: int) -> None:
+        self.outcome = outcome
+        self.results: list[Any] = [None] * size
+        self.missing = size
+        self.dropped = False
+
+
+class ListedToken(Call):
+    """A call of stage two for one of an item's many tokens."""
+
+    __slots__ = ("place", "token", "tokens")
+
+    def __init__(self, tokens: TokenList, place: int, token: object) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.place = place
+        self.token = token
+
+    @property
+    def outcome(self) -> Outcome[Any, Any, Any]:
+        """That of its item."""
+        return self.tokens.outcome
+
+
+Member: TypeAlias = Outcome[Any, Any, Any] | ListedToken

@@ -5,34 +5,36 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from heapq import heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
-from twostage.calls import Batch, Outcome
+from twostage.calls import Batch, ListedToken, Outcome, TokenList
 from twostage.errors import brief, without_our_frames
-from twostage.retry import Answer, Fail
+from twostage.retry import Answer, Refresh, Retry
+from twostage.splits import Halves, halves, too_large
 from twostage.transient import status_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
-    from twostage.calls import Call
+    from twostage.calls import Call, Member
     from twostage.completions import Event
-    from twostage.lines import Line
-    from twostage.retry import Verdict
+    from twostage.lines import Judged, Line
+    from twostage.splits import Splits
+    from twostage.twins import Twins
 
 __all__ = ["LEAST_IN_PROGRESS", "Coordinator", "Message"]
 
 AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
+Answered: TypeAlias = "tuple[Sequence[Any], Sequence[Any]]"
+"""Members of a call that have an answer, and the answers."""
 
 log = logging.getLogger("twostage")
 
 LEAST_IN_PROGRESS = 256
 """The floor of the in-progress bound: with less, calls of no latency starve the pools of threads."""
-
-UNANSWERED = object()
 
 
 class Message(NamedTuple):
@@ -60,7 +62,7 @@ class Coordinator:
     Args:
         token_line: Stage one.
         result_line: Stage two.
-        batch_size: How many items a batch holds.
+        batch_size: How many items are read at once.
         bound: How many items may be in progress before nothing new is begun.
         window: How many items may be read and not handed over.
         return_exceptions: Whether a failed item is an outcome like any other, or the end of the job.
@@ -68,6 +70,9 @@ class Coordinator:
         ordered: Whether outcomes are handed over in the items' order.
         tokens_first: Whether ready tokens start before ready batches: right if both stages share one
             executor. Else stage one goes first, as it feeds the other.
+        many: Whether stage one gives a list of tokens for each item.
+        twins: Knows which items are equal, if that is to be looked at.
+        max_refreshes: How often an item may go back to stage one for a new token.
     """
 
     def __init__(  # noqa: PLR0913 - it is one job's settings
@@ -82,6 +87,9 @@ class Coordinator:
         results: list[Any] | None = None,
         ordered: bool = False,
         tokens_first: bool = False,
+        many: bool = False,
+        twins: Twins | None = None,
+        max_refreshes: int = 1,
     ) -> None:
         self.token_line = token_line
         self.result_line = result_line
@@ -91,15 +99,23 @@ class Coordinator:
         self.return_exceptions = return_exceptions
         self.results = results
         self.tokens_first = tokens_first
+        self.many = many
+        self.twins = twins
+        self.max_refreshes = max_refreshes
         self._hand_over: Callable[[AnyOutcome], None] = (
             self._place if results is not None else self._hold if ordered else self._release
         )
 
-        self.batches: deque[Batch] = deque()  # read and not started
+        self.returned: deque[AnyOutcome] = deque()  # items that want a new token
+        self.refreshed: Counter[int] = Counter()  # how often each has, by its index
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
         self._tie = count()  # equal due times must not compare calls
+        self.surplus: dict[int, int] = {}  # of items not taken: their tokens beyond one, by index
+        self.surplus_tokens = 0  # all of them
         self.held: dict[int, AnyOutcome] = {}  # done, and waiting for those before them
         self.ready: list[AnyOutcome] = []  # to be handed over with the next message
+        # Indices of those handed over and not known to be taken, if it matters which they are.
+        self.untaken: deque[int] | None = deque() if results is None and (many or twins is not None) else None
 
         self.read = 0  # items
         self.asked = 0  # batches wanted and not read yet
@@ -145,15 +161,20 @@ class Coordinator:
 
     # --- events from the caller's thread
 
-    def batch_read(self, items: list[Any], _: object, _error: BaseException | None) -> None:
+    def batch_read(self, items: list[Any], keys: list[Hashable] | None, _error: BaseException | None) -> None:
         """Takes a batch that was wanted; fewer items than `batch_size` only at the source's end."""
         first = self.read
         self.read += len(items)
         self.asked -= 1
         if self.results is not None:
             self.results.extend([None] * len(items))
-        if not self.ending:
-            self.batches.append(Batch([Outcome(index, item) for index, item in enumerate(items, first)]))
+        if self.ending:
+            return
+        outcomes: list[AnyOutcome] = [Outcome(index, item) for index, item in enumerate(items, first)]
+        if self.twins is not None and keys is not None:
+            outcomes, known = self.twins.sort(outcomes, keys)
+            self._finish_twins(known)
+        self.token_line.waiting.extend(outcomes)
 
     def source_end(self, _: object, _answer: object, error: BaseException | None) -> None:
         """Hears that the source has no more items, or that it raised."""
@@ -165,6 +186,12 @@ class Coordinator:
         """Hears that the consumer was handed so many outcomes more."""
         self.taken += number
         self.in_progress -= number
+        if self.untaken is not None:
+            for _ in range(number):
+                index = self.untaken.popleft()
+                self._forget_surplus(index)
+                if self.twins is not None:
+                    self.twins.forget(index)
 
     def close(self, _: object, _answer: object, _error: BaseException | None) -> None:
         """Ends the job before its time, as somebody wants no more of it."""
@@ -173,75 +200,226 @@ class Coordinator:
     # --- ends of attempts
 
     def batch_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
-        """Fans a batch's tokens out to stage two, if the verdict gives any."""
-        tokens = self._verdict(self.token_line, batch, batch.outcomes, answer, error)
-        if tokens is UNANSWERED or self.ending:
+        """Fans a batch's tokens out to stage two, those of them that have come."""
+        outcomes, tokens = self._batch_ended(self.token_line, batch, answer, error)
+        if self.ending:
             return
         attempts = batch.attempts
-        for outcome, token in zip(batch.outcomes, tokens, strict=True):
+        for outcome, token in zip(outcomes, tokens, strict=True):
             outcome.token = token
             outcome.token_attempts = attempts
-        self.result_line.waiting.extend(batch.outcomes)
+        self.result_line.waiting.extend(self._listed(outcomes) if self.many else outcomes)
 
-    def result_ended(self, outcome: AnyOutcome, answer: object, error: BaseException | None) -> None:
-        """Finishes an item with its result, if the verdict gives any."""
-        result = self._verdict(self.result_line, outcome, (outcome,), answer, error)
-        if result is not UNANSWERED:
-            outcome.result = result
+    def _listed(self, outcomes: Iterable[AnyOutcome]) -> Iterator[ListedToken]:
+        for outcome in outcomes:
+            tokens = cast("list[Any]", outcome.token)
+            if not tokens:
+                outcome.result = []
+                self._finish(outcome)
+                continue
+            self.in_progress += len(tokens) - 1
+            self.surplus[outcome.index] = len(tokens) - 1
+            self.surplus_tokens += len(tokens) - 1
+            listed = TokenList(outcome, len(tokens))
+            yield from (ListedToken(listed, place, token) for place, token in enumerate(tokens))
+
+    def result_ended(self, call: Member, answer: object, error: BaseException | None) -> None:
+        """Finishes an item with its result, if that has come."""
+        self._take_results(*self._ended(self.result_line, call, (call,), answer, error))
+
+    def results_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
+        """The same for a batch of tokens."""
+        self._take_results(*self._batch_ended(self.result_line, batch, answer, error))
+
+    def _take_results(self, members: Sequence[Any], results: Sequence[Any]) -> None:
+        for member, result in zip(members, results, strict=True):
+            if self.many:
+                self._put_in_list(member, result)
+            else:
+                member.result = result
+                self._finish(member)
+
+    def _put_in_list(self, token: ListedToken, result: object) -> None:
+        listed, outcome = token.tokens, token.outcome
+        self.in_progress -= 1
+        if listed.dropped:
+            return
+        outcome.attempts += token.attempts
+        listed.results[token.place] = result
+        listed.missing -= 1
+        if not listed.missing:
+            self.in_progress += 1
+            outcome.result = listed.results
+            self._finish(outcome)
+
+    def _finish(self, outcome: AnyOutcome) -> None:
+        self.finished += 1
+        self._hand_over(outcome)
+        if self.twins is not None:
+            self._finish_twins(self.twins.done(outcome))
+        if self.refreshed:
+            self.refreshed.pop(outcome.index, None)
+
+    def _finish_twins(self, twins: Iterable[AnyOutcome]) -> None:
+        for twin in twins:
             self.finished += 1
-            self._hand_over(outcome)
+            self.in_progress += 1
+            self._hand_over(twin)
 
-    def _verdict(
-        self,
-        line: Line,
-        call: Call,
-        outcomes: Sequence[AnyOutcome],
-        answer: object,
-        error: BaseException | None,
-    ) -> Any:  # noqa: ANN401 - what the user's function returned
-        """Asks what becomes of a call whose attempt has ended, and carries a retry or a failure out.
+    # --- verdicts, and what is done about them
+
+    def _batch_ended(self, line: Line, batch: Batch, answer: object, error: BaseException | None) -> Answered:
+        splits = line.splits
+        if splits is None:
+            return self._ended(line, batch, batch.members, answer, error)
+        splits.pieces.discard(batch)
+        answered = self._ended(line, batch, batch.members, answer, error)
+        if answered[0]:
+            self._accept(line, splits, batch)
+        elif batch.half_of is not None and not (splits.accepted or splits.pieces):
+            splits.hopeless = True
+            for refused, failure in splits.take_waiting():
+                self._fail(line, refused, refused.members, failure)
+        return answered
+
+    def _ended(
+        self, line: Line, call: Call, members: Sequence[Any], answer: object, error: BaseException | None
+    ) -> Answered:
+        """Asks what becomes of a call whose attempt has ended, and carries all out that is no answer.
 
         Returns:
-            The checked answer; `UNANSWERED` if there is none, or none yet.
+            The members that have an answer, and the answers.
         """
         call.attempts += 1
         for gate in line.gates:
             gate.ended(call, self.now)
         if error is None:
             try:
-                value = line.check(answer, len(outcomes))
+                values = line.check(answer, call)
             except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
                 error = refused.with_traceback(None)
             else:
-                if not line.judge.judges_results:
-                    return value
-        elif not isinstance(error, Exception):
+                if not line.has_to_judge(values):
+                    return members, values
+                if self.ending:
+                    return (), ()
+                return self._carry_out(line, call, line.judge_values(call, members, values, self.now))
+        if not isinstance(error, Exception):
             self._end(error)
-            return UNANSWERED
-        if self.ending:
-            return UNANSWERED
-        return self._carry_out(line, call, outcomes, error, line.judge.judge(call, answer, error, self.now))
+        elif not self.ending:
+            return self._carry_out(line, call, line.judge_failure(call, members, error, self.now))
+        return (), ()
 
-    def _carry_out(
-        self,
-        line: Line,
-        call: Call,
-        outcomes: Sequence[AnyOutcome],
-        error: Exception | None,
-        verdict: Verdict,
-    ) -> Any:  # noqa: ANN401 - as above
-        if isinstance(verdict, Answer):
-            try:
-                return line.check(verdict.value, len(outcomes))
-            except Exception as refused:  # noqa: BLE001 - as above
-                verdict = Fail(refused.with_traceback(None))
-        if isinstance(verdict, Fail):
-            self._fail(line, call, outcomes, verdict.error)
+    def _carry_out(self, line: Line, call: Call, judged: Iterable[Judged]) -> Answered:
+        answered: list[Any] = []
+        answers: list[Any] = []
+        failed: list[tuple[Sequence[Any], Exception]] = []
+        for members, verdict, error in judged:
+            if isinstance(verdict, Answer):
+                answered += members
+                answers.append(verdict.value)
+            elif isinstance(verdict, Retry):
+                self._log_retry(line, call, error, verdict.due)
+                self._delay(line, call, members, verdict.due)
+            elif isinstance(verdict, Refresh):
+                self._refresh(line, call, members, verdict.error)
+            else:
+                failed.append((members, verdict.error))
+        for members, failure in failed:  # last, as it may be the job's end
+            splits = line.splits
+            if len(members) > 1 and splits is not None and splits.refuses(failure):
+                self._refuse(line, splits, cast("Batch", call), failure)
+            else:
+                self._fail(line, call, members, failure)
+        return answered, answers
+
+    def _delay(self, line: Line, call: Call, members: Sequence[Any], due: float) -> None:
+        if isinstance(call, Batch):
+            call.members = members
+            if line.splits is not None and call.half_of is not None:
+                line.splits.pieces.add(call)
+        self.in_progress -= len(members)
+        heappush(self.delayed, (due, next(self._tie), line, call))
+
+    def _refresh(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
+        """Sends items back to stage one for a new token, unless they were there too often."""
+        others = [member for member in members if not self._send_back(member)]
+        if len(members) > 1 and line.splits is not None:
+            line.due += [Batch(half) for half in halves(others)]  # some of them may be innocent
+        elif others:
+            self._fail(line, call, others, error)
+
+    def _send_back(self, member: Member) -> bool:
+        listed = member if isinstance(member, ListedToken) else None
+        if listed is not None and listed.tokens.dropped:
+            self.in_progress -= 1
+            return True
+        outcome = cast("AnyOutcome", member) if listed is None else listed.outcome
+        if self.refreshed[outcome.index] >= self.max_refreshes:
+            return False
+        self.refreshed[outcome.index] += 1
+        if listed is not None:
+            self._drop(listed.tokens)
+        outcome.token = None
+        outcome.attempts = 0
+        outcome.retry_state = None
+        self.returned.append(outcome)
+        return True
+
+    def _drop(self, tokens: TokenList) -> None:
+        """Forgets an item's tokens, as it begins again; those that run or wait for a due time end unheard."""
+        tokens.dropped = True
+        line = self.result_line
+        kept = deque(token for token in line.waiting if cast("ListedToken", token).tokens is not tokens)
+        self.in_progress -= len(line.waiting) - len(kept)
+        line.waiting = kept
+        self._forget_surplus(tokens.outcome.index)
+
+    # --- batches that are refused
+
+    def _refuse(self, line: Line, splits: Splits, batch: Batch, error: Exception) -> None:
+        allowed = splits.allows(batch)
+        if allowed is None:
+            splits.waiting.append((batch, error))
+        elif allowed:
+            self._split(line, splits, batch, error)
         else:
-            self._log_retry(line, call, error, verdict.due)
-            self.in_progress -= len(outcomes)
-            heappush(self.delayed, (verdict.due, next(self._tie), line, call))
-        return UNANSWERED
+            self._fail(line, batch, batch.members, error)
+
+    def _split(self, line: Line, splits: Splits, batch: Batch, error: Exception) -> None:
+        members = batch.members
+        of = Halves(-(-len(members) // 2), unanswered=2 if too_large(error) else math.inf)
+        pieces = [Batch(half, of) for half in halves(members)]
+        splits.pieces.update(pieces)
+        line.due += pieces
+
+    def _accept(self, line: Line, splits: Splits, batch: Batch) -> None:
+        """Learns from a batch that has an item accepted."""
+        of, batch.half_of = batch.half_of, None
+        if of is not None:
+            of.unanswered -= 1
+            if not of.unanswered:
+                self._shrink(line, of.size)
+        if not splits.accepted:
+            splits.accepted = True
+            splits.pieces.clear()
+            for refused, error in splits.take_waiting():
+                self._split(line, splits, refused, error)
+
+    def _shrink(self, line: Line, size: int) -> None:
+        """Has no call begin that is larger than `size`, not even one that was handed over."""
+        assert line.batch_size is not None  # noqa: S101 - for the type checker
+        if size >= line.batch_size:
+            return
+        line.batch_size = size
+        for call in reversed(line.runner.take_back()):
+            if call.attempts or cast("Batch", call).half_of is not None:
+                line.due.appendleft(call)
+                continue
+            members = cast("Batch", call).members
+            line.waiting.extendleft(reversed(members))
+            if line is self.token_line:
+                self.in_progress -= len(members)
 
     def _log_retry(self, line: Line, call: Call, error: Exception | None, due: float) -> None:
         level = logging.INFO if line.has_retried else logging.WARNING
@@ -258,8 +436,16 @@ class Coordinator:
                 max(due - self.now, 0),
             )
 
-    def _fail(self, line: Line, call: Call, outcomes: Sequence[AnyOutcome], error: Exception) -> None:
-        """Gives a call's items their failure, which is the end of the job unless failures are wanted."""
+    def _fail(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
+        """Gives items their failure, which is the end of the job unless failures are wanted."""
+        listed = self.many and line is self.result_line
+        if listed:
+            kept = [member for member in members if not member.tokens.dropped]
+            self.in_progress -= len(members) - len(kept)
+            members = kept
+            if not members:
+                return
+        outcomes: Sequence[AnyOutcome] = [member.outcome for member in members] if listed else members
         items = (
             brief(outcomes[0].item)
             if len(outcomes) == 1
@@ -271,12 +457,14 @@ class Coordinator:
             self.failed_index = min(self.failed_index, outcomes[0].index)
             self._end(error)
             return
+        if listed:
+            self._take_results(members, [error] * len(members))
+            return
         for outcome in outcomes:
             outcome.exception = error
             if line is self.token_line:
                 outcome.token_attempts = call.attempts
-            self.finished += 1
-            self._hand_over(outcome)
+            self._finish(outcome)
 
     # --- three ways to hand outcomes over
 
@@ -285,25 +473,34 @@ class Coordinator:
         self.results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
         self.taken += 1
         self.in_progress -= 1
+        self._forget_surplus(outcome.index)
 
     def _release(self, outcome: AnyOutcome) -> None:
         self.ready.append(outcome)
+        if self.untaken is not None:
+            self.untaken.append(outcome.index)
 
     def _hold(self, outcome: AnyOutcome) -> None:
         self.held[outcome.index] = outcome
         self.in_progress -= 1
         while (following := self.held.pop(self.next_index, None)) is not None:
-            self.ready.append(following)
+            self._release(following)
             self.next_index += 1
             self.in_progress += 1
+
+    def _forget_surplus(self, index: int) -> None:
+        if self.surplus:
+            self.surplus_tokens -= self.surplus.pop(index, 0)
 
     # --- decided once for all events of a wake-up
 
     def _start(self, now: float) -> None:
         while self.delayed and self.delayed[0][0] <= now:
             _, _, line, call = heappop(self.delayed)
+            if isinstance(call, ListedToken) and call.tokens.dropped:
+                continue
             line.due.append(call)
-            self.in_progress += len(call.outcomes) if isinstance(call, Batch) else 1
+            self.in_progress += len(call.members) if isinstance(call, Batch) else 1
         if self.tokens_first:
             self._start_results(now)
             self._start_batches(now)
@@ -315,14 +512,34 @@ class Coordinator:
         line = self.token_line
         if line.due:
             line.start_due(now)
-        while self.batches and self.in_progress < self.bound and (room := line.room(now)) > 0:
-            batches: list[Batch] = []
-            while self.batches and self.in_progress < self.bound and len(batches) < room:
-                batches.append(self.batches.popleft())
-                self.in_progress += len(batches[-1].outcomes)
+        # Items of many tokens fill the window too: then no more are begun, though they have been read.
+        bound = 0 if self.surplus_tokens and self._window_room() < 0 else self.bound
+        if self.returned:
+            self._start_returned(now, bound)
+        more_comes = not self.source_ended and (self.asked or self._window_room() >= self.batch_size)
+        least = cast("int", line.batch_size) if more_comes else 1
+        while len(line.waiting) >= least and self.in_progress < bound and (room := line.room(now)) > 0:
+            batches: list[Call] = []
+            while len(line.waiting) >= least and self.in_progress < bound and len(batches) < room:
+                waited = len(line.waiting)
+                batches.append(line.take())
+                self.in_progress += waited - len(line.waiting)
             line.start(batches, now)
             if self.finished == self.result_line.runner.out == 0:
                 self.result_line.runner.expect(self.in_progress)
+
+    def _start_returned(self, now: float, bound: int) -> None:
+        """Starts items that have come back, with others that wait, and never waits to fill a batch."""
+        line = self.token_line
+        size = cast("int", line.batch_size)
+        while self.returned and line.room(now) > 0:
+            members: list[Any] = []
+            while self.returned and len(members) < size:
+                members.append(self.returned.popleft())
+            while line.waiting and len(members) < size and self.in_progress < bound:
+                members.append(line.waiting.popleft())
+                self.in_progress += 1
+            line.start([Batch(members)], now, first=True)
 
     def _start_results(self, now: float) -> None:
         line = self.result_line
@@ -331,14 +548,18 @@ class Coordinator:
         if line.waiting:
             line.start_waiting(now)
 
+    def _window_room(self) -> int:
+        """How many items may be read beyond those asked for; one with many tokens counts as many."""
+        asked = self.asked * self.batch_size
+        return self.window - (self.read + asked - self.taken + self.surplus_tokens)
+
     def _wanted(self) -> int:
         """Decides how many more batches to ask for: whole ones, up to one bound read and not started."""
-        size = self.batch_size
-        stock = len(self.batches) + self.asked
         if self.source_ended or self.ending:
             return 0
-        room = self.window - (self.read + self.asked * size - self.taken)
-        return max(0, min(self.bound // size - stock, room // size))
+        size = self.batch_size
+        stock = (self.bound - len(self.token_line.waiting)) // size - self.asked
+        return max(0, min(stock, self._window_room() // size))
 
     def _end(self, error: BaseException | None) -> None:
         """Ends the job: nothing more starts, what waits is dropped; what runs is still heard of."""
@@ -350,7 +571,9 @@ class Coordinator:
             line.runner.stop()
             line.waiting.clear()
             line.due.clear()
-        self.batches.clear()
+            if line.splits is not None:
+                line.splits.waiting.clear()
+        self.returned.clear()
         self.delayed.clear()
 
     def _message(self) -> Message | None:

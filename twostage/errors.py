@@ -6,31 +6,41 @@ import warnings
 from types import FrameType
 from typing import TypeVar
 
-__all__ = ["BatchLengthError", "brief", "warn", "without_our_frames"]
+__all__ = ["BatchLengthError", "MissingToken", "brief", "warn", "without_our_frames"]
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 
 class BatchLengthError(ValueError):
-    """A batch call returned another number of tokens than it got items.
+    """A batch call returned another number of answers than it got items (at stage two: tokens).
 
-    Which token belongs to which item is then anybody's guess, so all items of the batch fail.
+    Which belongs to which is then anybody's guess, so all items of the batch fail.
 
     Attributes:
-        expected: The number of items that the call got.
-        returned: The number of tokens that it returned.
+        expected: The number of items or tokens that the call got.
+        returned: The number of answers that it returned.
     """
 
-    def __init__(self, expected: int, returned: int) -> None:
-        super().__init__(expected, returned)
+    def __init__(self, expected: int, returned: int, function: str = "fetch_token") -> None:
+        super().__init__(expected, returned, function)
         self.expected = expected
         self.returned = returned
 
     def __str__(self) -> str:
+        function = self.args[2]
+        takes, gives = ("items", "token") if function == "fetch_token" else ("tokens", "result")
         return (
-            f"fetch_token got {self.expected} items and returned {self.returned} tokens; "
-            "it must return one token for each item, in the items' order"
+            f"{function} got {self.expected} {takes} and returned {self.returned} {gives}s; "
+            f"it must return one {gives} for each {takes[:-1]}, in the {takes}' order"
         )
+
+
+class MissingToken(LookupError):  # noqa: N818 - the name says it
+    """A batch call answered with a mapping in which an item (at stage two: a token) is no key.
+
+    The item fails alone, and is not asked for again unless `retry_missing` is on: many APIs leave out
+    what does not exist.
+    """
 
 
 def brief(item: object) -> str:

@@ -1,30 +1,47 @@
-"""A stage's line: the calls that wait for a worker, and what decides on their starts."""
+"""A stage's line: what waits for a worker, and what decides on the starts of calls."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twostage.answers import holds_exceptions
+from twostage.calls import Batch
+from twostage.retry import Answer, Fail, Retry, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from twostage.calls import Call
+    from twostage.answers import Check
+    from twostage.calls import Call, Member
     from twostage.gates import Gate
     from twostage.retry import Judge
     from twostage.runners import Runner
+    from twostage.splits import Splits
 
-__all__ = ["Line"]
+__all__ = ["Judged", "Line"]
+
+
+class Judged(NamedTuple):
+    """The verdict on some of a call's members, and the failure that it is about, if there was one."""
+
+    members: Sequence[Any]
+    verdict: Verdict
+    error: Exception | None
 
 
 class Line:
-    """One stage as the coordinator sees it: its calls that wait, and what decides on them.
+    """One stage as the coordinator sees it: what waits there, and what decides on it.
 
     Args:
         name: How messages call the stage.
         limit: How many attempts may be handed to the runner; infinite if it keeps a limit of its own
             and gives back what has not begun, so that its workers need never wait for the coordinator.
-        check: Takes an answer and the number of items it is for; returns what is to be made of it.
+        check: Takes an answer and its call; returns a value for each of the call's members.
         judge: Decides what becomes of failed attempts.
+        slots: Whether an exception among a call's values is a failure, that of its member alone.
+        batch_size: How many of those that wait a call takes at most; `None` if each is a call by itself.
+        splits: Which refused batches are split; `None` for none.
         gates: What else may hold starts back. What was handed over can't be held, so with gates
             `limit` is the number that may run.
     """
@@ -35,18 +52,72 @@ class Line:
         self,
         name: str,
         limit: float,
-        check: Callable[[Any, int], Any],
+        check: Check,
         judge: Judge,
+        *,
+        slots: bool = False,
+        batch_size: int | None = None,
+        splits: Splits | None = None,
         gates: Sequence[Gate] = (),
     ) -> None:
         self.name = name
         self.limit = limit
         self.check = check
         self.judge = judge
+        self.slots = slots
+        self.batch_size = batch_size
+        self.splits = splits
         self.gates = gates
-        self.waiting: deque[Call] = deque()
+        self.waiting: deque[Member] = deque()
         self.due: deque[Call] = deque()
         self.has_retried = False
+
+    def has_to_judge(self, values: Sequence[Any]) -> bool:
+        """Whether a call's values may be other than answers."""
+        return self.judge.judges_results or (self.slots and holds_exceptions(values))
+
+    def judge_values(
+        self, call: Call, members: Sequence[Any], values: Sequence[Any], now: float
+    ) -> Iterator[Judged]:
+        """Gives each of a call's values its verdict; those to be tried again are together, as one call."""
+        again: list[Any] = []
+        retry = first_error = None
+        for member, value in zip(members, values, strict=True):
+            error = value if self.slots and isinstance(value, BaseException) else None
+            if error is not None and not isinstance(error, Exception):
+                raise error  # which ends the job, as it does if the function raises it
+            verdict = self.judge.judge(call, value, error, now, retry)
+            if isinstance(verdict, Retry):
+                if retry is None:
+                    retry, first_error = verdict, error
+                again.append(member)
+            elif isinstance(verdict, Answer) and verdict.value is not value:
+                yield from self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)
+            else:
+                yield Judged([member], verdict, error)
+        if retry is not None:
+            yield Judged(again, retry, first_error)
+
+    def judge_failure(
+        self, call: Call, members: Sequence[Any], error: Exception, now: float
+    ) -> Iterator[Judged]:
+        """Gives a call that has failed as a whole its verdict."""
+        verdict = self.judge.judge(call, None, error, now)
+        if isinstance(verdict, Answer):
+            yield from self._take_given(call, members, verdict.value)
+        else:
+            yield Judged(members, verdict, error)
+
+    def _take_given(self, call: Call, members: Sequence[Any], answer: object) -> Iterator[Judged]:
+        """Takes what a policy's `retry_error_callback` has given, its last word, in an answer's place."""
+        try:
+            values = self.check(answer, Batch(members) if self.slots else call)
+        except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
+            yield Judged(members, Fail(refused.with_traceback(None)), None)
+            return
+        for member, value in zip(members, values, strict=True):
+            failed = self.slots and isinstance(value, Exception)
+            yield Judged([member], Fail(value) if failed else Answer(value), None)
 
     def opens(self, now: float) -> float:
         """Returns when the next call may start as far as the gates are concerned."""
@@ -71,11 +142,20 @@ class Line:
         while self.due and self.room(now) > 0:
             self.start([self.due.popleft()], now, first=True)
 
+    def take(self) -> Call:
+        """Makes the next call of what waits."""
+        if self.batch_size is None:
+            return self.waiting.popleft()
+        return Batch([self.waiting.popleft() for _ in range(min(self.batch_size, len(self.waiting)))])
+
     def start_waiting(self, now: float) -> None:
-        """Starts waiting calls, as many as there is room for."""
+        """Starts what waits, as many calls as there is room for."""
         while self.waiting and (room := self.room(now)) > 0:
-            if room >= len(self.waiting):
+            calls: Sequence[Call]
+            if self.batch_size is None and room >= len(self.waiting):
                 calls, self.waiting = list(self.waiting), deque()
             else:
-                calls = [self.waiting.popleft() for _ in range(int(room))]
+                calls = []
+                while self.waiting and len(calls) < room:
+                    calls.append(self.take())
             self.start(calls, now)

@@ -6,10 +6,10 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twostage.errors import without_our_frames
+from twostage.errors import brief, without_our_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
     from types import TracebackType
 
     from twostage.calls import Outcome
@@ -39,11 +39,13 @@ class Job:
         close_source: Callable[[], object] | None,
         coordinator: Coordinator,
         driver: Driver,
+        key: Callable[[Any], Hashable] | None,
     ) -> None:
         self._source = source
         self._close_source = close_source
         self._coordinator = coordinator
         self._driver = driver
+        self._key = key
         self._hand: deque[Outcome[Any, Any, Any]] = deque()
         self._wanted = 0
         self._since_read = 0
@@ -86,20 +88,33 @@ class Job:
 
     def _read(self) -> None:
         size = self._coordinator.batch_size
-        failure = None
+        items, keys, failure = [], None, None
         try:
-            items = list(islice(self._source, size))
+            read = list(islice(self._source, size))
+            if self._key is not None:
+                keys = [self._key_of(item) for item in read]
+            items = read
         except Exception as error:  # noqa: BLE001 - the source's failure ends the job, after the outcomes that are done
-            items = []
             failure = without_our_frames(error)
         self._wanted -= 1
         self._since_read = 0
         if items:
-            self._driver.send((self._coordinator.batch_read, items, None, None))
+            self._driver.send((self._coordinator.batch_read, items, keys, None))
         if len(items) < size:
             self._wanted = 0
             self._driver.send((self._coordinator.source_end, None, None, failure))
         del failure  # its traceback may lead back to this frame
+
+    def _key_of(self, item: object) -> Hashable:
+        assert self._key is not None  # noqa: S101 - for the type checker
+        key = self._key(item)
+        try:
+            hash(key)
+        except TypeError:
+            raise TypeError(
+                f"key returned {type(key).__name__} for item {brief(item)}; expected something hashable"
+            ) from None
+        return key
 
     def close(self) -> None:
         """Ends the job, waits for the calls that run, and closes the source. Harmless if it has ended."""

@@ -21,13 +21,26 @@ from tenacity.retry import (
 from tenacity.stop import stop_after_attempt, stop_never
 from tenacity.wait import wait_random_exponential
 
-from twostage.errors import warn
+from twostage.errors import MissingToken, warn
 from twostage.transient import is_transient
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twostage.calls import Call
 
-__all__ = ["Answer", "Fail", "Judge", "Retry", "RetryPolicy", "Verdict", "check_policy", "default_policy"]
+__all__ = [
+    "Answer",
+    "Fail",
+    "Judge",
+    "Refresh",
+    "Retry",
+    "RetryPolicy",
+    "Verdict",
+    "check_policy",
+    "default_policy",
+    "repeats",
+]
 
 RetryPolicy: TypeAlias = Retrying | int | None
 """A tenacity policy, the default one with that many attempts in all, or none."""
@@ -48,6 +61,13 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Refresh:
+    """Get the item a new token, since `error` says that the one it has is no good any more."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """Give up: the call ends with `error`."""
 
@@ -61,7 +81,7 @@ class Answer:
     value: Any
 
 
-Verdict: TypeAlias = Retry | Fail | Answer
+Verdict: TypeAlias = Retry | Refresh | Fail | Answer
 
 
 class Judge:
@@ -70,22 +90,59 @@ class Judge:
     Only the decision is tenacity's: `Retrying.iter` is asked once for each end, with the times and
     the attempt number that the coordinator knows. Its sleep and its `before` are never called.
 
+    Args:
+        policy: Of the stage.
+        retry_missing: Whether what a batch's answer has left out is asked for again.
+        refresh_on: Which failures ask for a new token; `None` for none.
+
     Attributes:
         judges_results: Whether the policy has to see what calls return. If not, a success costs nothing.
     """
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        *,
+        retry_missing: bool = False,
+        refresh_on: Callable[[Exception], bool] | None = None,
+    ) -> None:
         if isinstance(policy, int):
             policy = default_policy(policy)
         # A copy, since tenacity keeps what it is doing on the policy, and jobs may share one.
-        self._policy = policy.copy() if policy is not None and getattr(policy, "enabled", True) else None
+        self._policy = policy.copy() if isinstance(policy, Retrying) and repeats(policy) else None
+        if self._policy is not None and retry_missing:
+            self._policy.retry = retry_any(retry_if_exception_type(MissingToken), self._policy.retry)
+        self._refresh_on = refresh_on
         self.judges_results = self._policy is not None and not _sees_exceptions_only(self._policy.retry)
 
-    def judge(self, call: Call, answer: object, error: Exception | None, now: float) -> Verdict:
-        """Returns what is to become of `call`, whose last attempt gave `answer` or failed with `error`."""
-        policy = self._policy
-        if policy is None:
+    def judge(
+        self, call: Call, answer: object, error: Exception | None, now: float, again: Retry | None = None
+    ) -> Verdict:
+        """Returns what is to become of `call`, whose last attempt gave `answer` or failed with `error`.
+
+        Args:
+            call: It, or the batch of which this is one slot.
+            answer: What it returned, if it did.
+            error: Its failure, if it has failed.
+            now: The time.
+            again: The verdict on another slot of the same answer. This one would go with it, so neither
+                is its wait drawn again nor are callbacks called twice.
+        """
+        if error is not None and self._refresh_on is not None and self._refresh_on(error):
+            return Refresh(error)
+        if self._policy is None:
             return Answer(answer) if error is None else Fail(error)
+        return self._ask(self._policy, call, answer, error, now, again)
+
+    def _ask(
+        self,
+        policy: Retrying,
+        call: Call,
+        answer: object,
+        error: Exception | None,
+        now: float,
+        again: Retry | None,
+    ) -> Verdict:
         state = call.retry_state
         if state is None:
             state = call.retry_state = RetryCallState(policy, None, (), {})
@@ -99,6 +156,10 @@ class Judge:
         state.outcome_timestamp = now
         policy.begin()  # `iter` counts in statistics that are each thread's own
         try:
+            if again is not None:
+                if isinstance(error, tenacity.TryAgain) or policy.retry(state):
+                    return again
+                return Answer(answer) if failure is None else Fail(failure)
             verdict = policy.iter(state)
         except Exception as raised:
             if failure is not None and (raised is failure or raised is error):
@@ -116,6 +177,11 @@ class Judge:
         if not math.isfinite(verdict):
             raise ValueError(f"the retry policy's wait is {verdict}; expected a finite number of seconds")
         return Retry(now + verdict)
+
+
+def repeats(policy: RetryPolicy) -> bool:
+    """Whether calls under `policy` may be made again, by whatever rule."""
+    return policy is not None and getattr(policy, "enabled", True)
 
 
 def _asked_for(error: Exception) -> Exception:

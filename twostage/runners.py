@@ -32,6 +32,7 @@ class Work(NamedTuple):
     """What a runner is for.
 
     Attributes:
+        stage: What its stage is called.
         fetch: The user's function.
         argument: Takes a call; returns what `fetch` is given, anew for each attempt.
         ended: Hears of the end of each attempt, in the coordinator's thread.
@@ -39,6 +40,7 @@ class Work(NamedTuple):
         executor: Where they run; `None` for a pool of our own.
     """
 
+    stage: str
     fetch: Callable[[Any], Any]
     argument: Callable[[Any], Any]
     ended: Handler
@@ -93,12 +95,12 @@ class ExecutorRunner:
             future = self._executor.submit(self._work.fetch, self._work.argument(call))
             self._futures[call] = future
             self.out += 1
-            self._completions.add(future, (self._done, call, None, None))
+            self._completions.add(future, (self._done, call, future, None))
 
-    def _done(self, call: Call, _answer: object, _error: BaseException | None) -> None:
-        future = self._futures.pop(call, None)
-        if future is None:
-            return  # taken back
+    def _done(self, call: Call, future: Future[Any], _error: BaseException | None) -> None:
+        if self._futures.get(call) is not future:
+            return  # taken back; the call may have been started anew
+        del self._futures[call]
         self.out -= 1
         if future.cancelled():
             self._work.ended(call, None, CancelledError("the executor cancelled the call before it ran"))
@@ -185,7 +187,7 @@ class PoolRunner:
 
     def _go_on(self) -> None:
         """Makes attempts, one after the other; runs in a thread of the pool."""
-        fetch, argument, *_ = self._work
+        _, fetch, argument, *_ = self._work
         clock, put, attempt_ended = self._clock, self._completions.put, self._attempt_ended
         end = clock() + TASK_TIME
         while clock() < end:

@@ -4,21 +4,56 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    final,
+    overload,
+)
 
 from twostage.errors import warn
 from twostage.retry import RetryPolicy, check_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection
     from concurrent.futures import Executor
 
-__all__ = ["Default", "Stage", "positive_int"]
+__all__ = ["Answers", "Default", "Failures", "Many", "Stage", "check_bool", "failure_test", "positive_int"]
 
+Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
+"""Which exceptions are meant: their type, several types, or a function that says so of one."""
+
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
 InT_contra = TypeVar("InT_contra", contravariant=True)
 OutT_co = TypeVar("OutT_co", covariant=True)
+
+Answers: TypeAlias = Mapping[InT, OutT | Exception] | Sequence[OutT | Exception]
+"""What a function may return for a batch."""
+
+
+class Many(Generic[OutT_co]):
+    """In the type of a `Stage` it stands for a list of tokens of each item; there are no instances."""
+
+
+class Options(TypedDict, total=False):
+    """The arguments of a `Stage` that its type does not depend on."""
+
+    workers: int | Default
+    executor: Executor | None
+    retry: RetryPolicy | Default
+    bisect: bool | Failures
+    retry_missing: bool
 
 
 @final
@@ -35,6 +70,7 @@ class Default:
 
 
 ONE_ITEM_A_CALL = Default("one item a call")
+ONE_TOKEN_AN_ITEM = Default("False")
 WORKERS = Default("4 for stage one, 32 for stage two")
 DEFAULT_RETRY = Default("10 attempts if the failure is transient")
 
@@ -49,16 +85,25 @@ class Stage(Generic[InT_contra, OutT_co]):
 
     Args:
         fetch: The function. Stage one's takes an item and returns its token, or with `batch_size` a
-            `list` of items and returns as many tokens in their order. Stage two's takes a token and
-            returns the result. It is called from several threads at once.
-        batch_size: How many items one call takes at most (stage one only). Default: the function takes
-            one item, not a list.
+            `list` of items and returns as many tokens in their order, or a mapping from items to tokens.
+            Stage two's takes a token and returns the result, or with `batch_size` a `list` of tokens. An
+            exception in a batch's token's place is the failure of that item alone. It is called from
+            several threads at once.
+        batch_size: How many items one call takes at most; at stage two how many of the tokens that wait
+            when a worker is free. Default: the function takes one item, not a list.
         workers: How many attempts run at once. Default: 4 for stage one, 32 for stage two.
         executor: Where attempts run, any `concurrent.futures.Executor`; it is never shut down, and
             `workers` is how much of it is used. Default: a pool of threads of the job's own.
         retry: A tenacity `Retrying`, which is taken as it is; a number of attempts for the default
             policy; or `None` for calls that must not be repeated. Default: 10 attempts with growing,
             random waits (up to 20 s), for transient failures only (see `is_transient`).
+        many: Whether an item has many tokens (stage one only): what else is a token is then a list of
+            them, and the item's result the list of their results. Default: no.
+        bisect: Which failures of a batch of several items split it in two, again and again, until the bad
+            ones stand alone: exception types, or a function that takes an exception. Default: statuses
+            400, 413 and 422, and `ValueError` itself. `False`: none.
+        retry_missing: Whether items that are left out of a batch's mapping are asked for again, as often
+            as `retry` has it. Off, they fail with `MissingToken`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -73,26 +118,45 @@ class Stage(Generic[InT_contra, OutT_co]):
     workers: int | Default
     executor: Executor | None
     retry: RetryPolicy | Default
+    many: bool | Default
+    bisect: bool | Failures
+    retry_missing: bool
 
     @overload
     def __init__(
-        self,
-        fetch: Callable[[list[InT_contra]], Sequence[OutT_co]],
+        self: Stage[InT, Many[OutT]],
+        fetch: Callable[[list[InT]], Answers[InT, Collection[OutT]]],
         *,
         batch_size: int,
-        workers: int | Default = ...,
-        executor: Executor | None = ...,
-        retry: RetryPolicy | Default = ...,
+        many: Literal[True],
+        **options: Unpack[Options],
     ) -> None: ...
     @overload
     def __init__(
-        self,
-        fetch: Callable[[InT_contra], OutT_co],
+        self: Stage[InT, Many[OutT]],
+        fetch: Callable[[InT], Collection[OutT]],
         *,
         batch_size: Default | None = ...,
-        workers: int | Default = ...,
-        executor: Executor | None = ...,
-        retry: RetryPolicy | Default = ...,
+        many: Literal[True],
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, OutT],
+        fetch: Callable[[list[InT]], Answers[InT, OutT]],
+        *,
+        batch_size: int,
+        many: Literal[False] | Default = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, OutT],
+        fetch: Callable[[InT], OutT],
+        *,
+        batch_size: Default | None = ...,
+        many: Literal[False] | Default = ...,
+        **options: Unpack[Options],
     ) -> None: ...
     def __init__(
         self,
@@ -102,6 +166,9 @@ class Stage(Generic[InT_contra, OutT_co]):
         workers: int | Default = WORKERS,
         executor: Executor | None = None,
         retry: RetryPolicy | Default = DEFAULT_RETRY,
+        many: bool | Default = ONE_TOKEN_AN_ITEM,
+        bisect: bool | Failures = True,
+        retry_missing: bool = False,
     ) -> None:
         check_function(fetch, "fetch")
         if hasattr(fetch, "retry_with") and hasattr(fetch, "statistics"):
@@ -120,12 +187,20 @@ class Stage(Generic[InT_contra, OutT_co]):
             raise TypeError(f"executor is {executor!r}; expected a concurrent.futures.Executor")
         if not isinstance(retry, Default):
             retry = check_policy(retry, "retry")
+        if not isinstance(many, Default):
+            check_bool(many, "many")
+        if not isinstance(bisect, bool):
+            failure_test(bisect, "bisect")
+        check_bool(retry_missing, "retry_missing")
         settings = {
             "fetch": fetch,
             "batch_size": batch_size,
             "workers": workers,
             "executor": executor,
             "retry": retry,
+            "many": many,
+            "bisect": bisect,
+            "retry_missing": retry_missing,
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)
@@ -145,6 +220,34 @@ def positive_int(number: object, name: str) -> int:
     if value < 1:
         raise ValueError(f"{name} is {value}; expected an integer of at least 1")
     return value
+
+
+def check_bool(value: object, name: str) -> None:
+    """Checks that `value` is true or false, and not only true- or false-like.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def failure_test(kinds: object, name: str) -> Callable[[Exception], bool]:
+    """Returns a function that says whether an exception is of `kinds`.
+
+    Raises:
+        TypeError: They are neither exception types nor a function.
+    """
+    types = kinds if isinstance(kinds, tuple) else (kinds,)
+    if types and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in types):
+        return lambda error: isinstance(error, types)
+    if isinstance(kinds, type) or not callable(kinds):
+        raise TypeError(
+            f"{name} is {kinds!r}; expected an exception type, a tuple of them, "
+            "or a function that takes an exception"
+        )
+    check_function(kinds, name)
+    return cast("Callable[[Exception], bool]", kinds)
 
 
 def check_function(function: object, name: str) -> None:

@@ -25,7 +25,7 @@ from collections import deque
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 
-from twostage.calls import Batch
+from twostage.calls import Batch, ListedToken
 from twostage.driver import world
 from twostage.errors import without_our_frames
 
@@ -266,11 +266,15 @@ class VirtualTime:
             self._log(f"{self._now:.9f} {happening} {what}\n")
 
 
-def _name(call: Call) -> str:
+def _name(stage: str, call: Call) -> str:
     if isinstance(call, Batch):
-        return f"stage one, {len(call.outcomes)} items from {call.outcomes[0].index}"
-    outcome: Outcome[Any, Any, Any] = call  # type: ignore[assignment] # no third kind
-    return f"stage two, item {outcome.index}"
+        first, tokens = call.members[0], "tokens" if stage == "stage two" else "items"
+        index = first.outcome.index if isinstance(first, ListedToken) else first.index
+        return f"{stage}, {len(call.members)} {tokens} from {index}"
+    if isinstance(call, ListedToken):
+        return f"{stage}, item {call.outcome.index}, token {call.place}"
+    outcome: Outcome[Any, Any, Any] = call  # type: ignore[assignment] # no fourth kind
+    return f"{stage}, item {outcome.index}"
 
 
 class _VirtualDriver:
@@ -344,12 +348,12 @@ class _VirtualRunner:
         while self.idle and (self._first or self._queue):
             call = (self._first or self._queue).popleft()
             self.idle -= 1
-            self._virtual._record("begin", _name(call))  # noqa: SLF001 - one simulation in two classes
+            self._virtual._record("begin", _name(self._work.stage, call))  # noqa: SLF001 - one simulation in two classes
             self._virtual._attempt(self, call, self._work.fetch, self._work.argument(call))  # noqa: SLF001
 
     def end(self, call: Call, answer: object, error: BaseException | None) -> None:
         failure = "" if error is None else f", {type(error).__name__}"
-        self._virtual._record("end", _name(call) + failure)  # noqa: SLF001
+        self._virtual._record("end", _name(self._work.stage, call) + failure)  # noqa: SLF001
         self.idle += 1
         self._driver.send((self._attempt_ended, call, answer, error))
         if error is None:

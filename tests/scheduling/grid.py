@@ -115,7 +115,9 @@ def makespan(cell: Cell, draws: Draws) -> float:
 
     attempts: Counter[tuple[int, int]] = Counter()
     retry = Retrying(stop=lambda _: False, wait=wait_fixed(DELAY))
-    first = Stage(fetch_tokens, batch_size=cell.batch_size, workers=cell.workers[0], retry=retry)
+    first: Stage[int, int] = Stage(
+        fetch_tokens, batch_size=cell.batch_size, workers=cell.workers[0], retry=retry
+    )
     second = Stage(fetch_result, workers=cell.workers[1], retry=retry)
     with VirtualTime() as virtual:
         if cell.form == "list":
@@ -131,11 +133,12 @@ def conserves_work(driver: testing._VirtualDriver) -> bool:
     coordinator = driver._coordinator
     if coordinator is None or coordinator.ending:
         return True
-    fits = bool(coordinator.batches) and coordinator.in_progress < coordinator.bound
     lines = (coordinator.token_line, coordinator.result_line)
+    least = 1 if coordinator.source_ended else coordinator.batch_size
+    fits = len(lines[0].waiting) >= least and coordinator.in_progress < coordinator.bound
     return not any(
         runner.idle
-        and (runner._first or runner._queue or line.due or line.waiting or (line is lines[0] and fits))
+        and (runner._first or runner._queue or line.due or (fits if line is lines[0] else line.waiting))
         for runner, line in zip(driver._runners, lines, strict=True)
     )
 

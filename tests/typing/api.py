@@ -284,12 +284,10 @@ def wrong_functions(ids: list[int], words: list[str]) -> None:
     run_two_stage(ids, fetch_later, fetch_report)  # type: ignore[misc] # takes a Token, gets a coroutine
     run_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type, misc] # no batch_size
     run_two_stage(ids, fetch_token, fetch_report, batch_size=9)  # type: ignore[arg-type] # takes one item
-    run_two_stage(ids, fetch_mapping, fetch_report, batch_size=9)  # type: ignore[arg-type] # no order
     run_two_stage(ids, generate_tokens, fetch_report, batch_size=9)  # type: ignore[arg-type] # no length
     iter_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type, misc] # no batch_size
     iter_two_stage(ids, fetch_token, fetch_report, batch_size=9)  # type: ignore[arg-type] # takes one item
     Stage(fetch_token, batch_size=9)  # type: ignore[arg-type] # takes one item
-    Stage(fetch_mapping, batch_size=9)  # type: ignore[arg-type] # no order
 
 
 def wrong_settings(ids: list[int], later: AsyncRetrying) -> None:
