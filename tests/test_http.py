@@ -360,7 +360,7 @@ def test_batch_that_is_too_large_is_raised_at_once(library: Library) -> None:
                 range(300), client.fetch_tokens, client.fetch_result, batch_size=MOST_IDS + 1, token_workers=1
             )
         assert api.attempts == {"tokens": 1, "results": 0}
-        assert library.status(raised.value) == 400
+        assert library.status(raised.value) == 413
         assert raised.value.__notes__ == [f"twostage: stage one, {MOST_IDS + 1} items from 0, 1 attempt"]
         items = range(MOST_IDS + 1)
         assert run_two_stage(
