@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAULTS",
+    "LASTING",
     "MOST_IDS",
     "PENDING",
     "Answers",

@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 
 from twostage._embedded_answers import (
     FAULTS,
+    LASTING,
     MOST_IDS,
     PENDING,
     Answers,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAULTS",
+    "LASTING",
     "MOST_IDS",
     "ApiError",
     "Client",
