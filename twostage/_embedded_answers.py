@@ -216,9 +216,7 @@ class Answers:
         Raises:
             ApiError: The whole request is refused.
         """
-        ids = self._asked(body, "ids", _is_id, "an integer or a string")
-        with self._lock:
-            self.ids.update(ids)
+        ids = self._asked(body, "ids", self.ids, _is_id)
         if any(self.faults.hits("refused", item) for item in ids):
             raise ApiError(HTTPStatus.BAD_REQUEST, "one of the ids is refused")
         make = token_of if name == "tokens" else orders_of
@@ -231,9 +229,7 @@ class Answers:
         Raises:
             ApiError: The whole request is refused.
         """
-        tokens = self._asked(body, "tokens", _is_text, "a string")
-        with self._lock:
-            self.tokens.update(tokens)
+        tokens = self._asked(body, "tokens", self.tokens, _is_text)
         return {"results": self._by_key([(token, self._slot_of_token(token)) for token in tokens])}
 
     def to_token(self, token: str) -> Content:
@@ -246,13 +242,18 @@ class Answers:
             self.tokens[token] += 1
         return self._result(token)
 
-    def _asked(self, body: bytes, name: str, fits: Callable[[object], bool], each: str) -> list[Any]:
+    def _asked(
+        self, body: bytes, name: str, counts: Counter[Any], fits: Callable[[object], bool]
+    ) -> list[Any]:
+        """Returns what a request is about, counted."""
         try:
             asked = json.loads(body)[name]
         except (ValueError, TypeError, KeyError):
             asked = None
         if not isinstance(asked, list) or not all(map(fits, asked)):
-            raise ApiError(HTTPStatus.BAD_REQUEST, f'expected {{"{name}": [...]}}, each {each}')
+            raise ApiError(HTTPStatus.BAD_REQUEST, f'expected {{"{name}": [...]}}, of integers or strings')
+        with self._lock:
+            counts.update(asked)
         if len(asked) > self._most_ids:
             status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
             raise ApiError(status, f"{len(asked)} {name}, at most {self._most_ids} are taken")
