@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import tenacity
 
 import twostage.__main__ as demonstration
 from twostage import run_two_stage
-from twostage._embedded_api import ApiError, Client, EmbeddedApi, result_of, token_of
+from twostage._embedded_api import FAULTS, ApiError, Client, EmbeddedApi, Faults, result_of, token_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +114,7 @@ def test_default_is_a_thousand_items_in_batches_of_a_hundred() -> None:
         "batch_size": 100,
         "token_workers": 4,
         "result_workers": 32,
-        "faults": 0.02,
+        "faults": {"errors": 0.02},
         "seed": 7,
     }
 
@@ -142,7 +143,7 @@ def test_each_option_is_used(
         *("--items", "10", "--batch-size", "3", "--token-workers", "2", "--result-workers", "5"),
         *("--faults", "0", "--seed", "99"),
     )
-    assert quick.made == [{"faults": 0.0, "seed": 99}] * 4
+    assert quick.made == [{"faults": {"errors": 0.0}, "seed": 99}] * 4
     assert pools == [5]
     assert jobs == [
         (list(range(10)), {"token_workers": 5, "result_workers": 5}),
@@ -200,6 +201,12 @@ def test_number_that_is_no_whole_one_from_1_is_refused(
         ("--faults", "nan", "expected a number from 0 to below 1, not 'nan'"),
         ("--faults", "inf", "expected a number from 0 to below 1, not 'inf'"),
         ("--faults", "few", "expected a number from 0 to below 1, not 'few'"),
+        ("--faults", "", "expected a number from 0 to below 1, not ''"),
+        ("--faults", "error=0.1", "no fault is called 'error'; there are errors, missing, denied, refused, "),
+        ("--faults", "0.1,missing=0.1", "no fault is called '0.1'; there are "),
+        ("--faults", "missing=0.1,", "no fault is called ''; there are "),
+        ("--faults", "missing=1", "expected a number from 0 to below 1, not '1'"),
+        ("--faults", "errors=0.1,missing=", "expected a number from 0 to below 1, not ''"),
         ("--colour", "red", "unrecognized arguments: --colour=red"),
     ],
 )
@@ -226,6 +233,8 @@ def test_help_names_each_option(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--items", "--batch-size", "--token-workers", "--result-workers", "--faults", "--seed"):
         assert option in text
     assert "%(default)s" not in text
+    for name in FAULTS:
+        assert f"\n  {name} " in text
 
 
 def test_table_shows_speed_ups_against_the_first_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,13 +243,126 @@ def test_table_shows_speed_ups_against_the_first_row(capsys: pytest.CaptureFixtu
         demonstration.Row("a pool", 100.0, 2_000_000.4, 2_000_000),
         demonstration.Row("the library", 1.0, 1_020_000, 1_010_000),
     ]
-    demonstration.print_table(rows)
+    demonstration.print_table(rows, demonstration.COLUMNS)
     assert capsys.readouterr().out == (
         "             seconds  attempts  retries  speed-up\n"
         "a loop       1234.00  2,012,345   12,345      1.0x\n"
         "a pool        100.00  2,000,000        0     12.3x\n"
         "the library     1.00  1,020,000   10,000   1234.0x\n"
     )
+
+
+# --- faults by name
+
+ALL = {
+    "errors": 0.02,
+    "missing": 0.03,
+    "denied": 0.03,
+    "refused": 0.03,
+    "slots": 0.05,
+    "unprocessed": 0.05,
+    "expired": 0.1,
+    "pending": 0.2,
+}
+EXTRA = re.compile(r"(?P<way>\S.*?)  +[\d.]+  +(?P<attempts>[\d,]+)  +(?P<extra>[\d,]+)")
+
+
+def written(shares: dict[str, float]) -> str:
+    return ",".join(f"{name}={share}" for name, share in shares.items())
+
+
+@pytest.fixture
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration, "PATIENT", demonstration.PATIENT.copy(wait=tenacity.wait_none()))
+
+
+def extras_of(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, dict[str, int], str]:
+    """Returns what stands above the table, how many attempts each way took beyond its calls, and the rest."""
+    assert demonstration.main(options) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    above, table, below = printed.out.strip().split("\n\n")
+    header, *lines = table.splitlines()
+    assert header.split() == ["seconds", "attempts", "extra"]
+    assert len(set(map(len, [header, *lines]))) == 1
+    rows = [row for row in map(EXTRA.fullmatch, lines) if row]
+    assert len(rows) == len(lines) == 4
+    return above, {row["way"].split(",")[0]: int(row["extra"].replace(",", "")) for row in rows}, below
+
+
+@pytest.mark.usefixtures("_hasty", "quick")
+def test_job_goes_through_all_faults_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    above, extras, below = extras_of(capsys, "--items", "200", "--batch-size", "20", "--faults", written(ALL))
+    assert "; faults by share:\nerrors 2 %, missing 3 %, denied 3 %, refused 3 %, slots 5 %, " in above
+    assert above.endswith(
+        "\nA plain loop and a thread pool, as they are commonly written, do not survive these."
+    )
+    assert list(extras) == ["one item a call", "tokens by key", "results by key too", "orders by key"]
+    assert all(extra > 0 for extra in extras.values())
+    faults = Faults(ALL, seed=7)
+    counts = Counter(map(faults.lasting_status, range(200)))
+    assert set(counts) == {None, 400, 403, 404}
+    assert f": {counts[None]} items have their results, {200 - counts[None]} failed as ordered (" in below
+    assert below.endswith(f"({counts[400]} refused, {counts[404]} missing, {counts[403]} denied).")
+
+
+@pytest.mark.usefixtures("_hasty", "quick")
+@pytest.mark.parametrize("name", [name for name in ALL if name != "errors"])
+def test_job_goes_through_each_fault(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, extras, below = extras_of(capsys, "--items", "100", "--batch-size", "10", "--faults", f"{name}=0.1")
+    lasting = Counter(map(Faults({name: 0.1}, seed=7).lasting_status, range(100)))
+    assert f": {lasting[None]} items have their results" in below
+    assert ("failed" in below) == (lasting[None] < 100) == (name in ("missing", "denied", "refused"))
+    alone = extras["one item a call"]
+    if name in ("missing", "denied", "refused"):
+        assert alone == 0  # a call for each item, and none for a token that is not there
+    if name == "unprocessed":
+        assert alone == 0  # no answer by key
+    if name == "expired":
+        assert alone == 2 * sum(Faults({name: 0.1}, seed=7).is_expired(token_of(item)) for item in range(100))
+    if name == "pending":
+        assert alone == sum(map(Faults({name: 0.1}, seed=7).times_pending, map(token_of, range(100))))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("faults", ["errors=0.0", "errors=0", "missing=0", "errors=0,missing=0"])
+def test_shares_of_errors_alone_leave_the_four_ways(faults: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table_of(capsys, "--items", "10", "--faults", faults).ways[0] == "plain loop"
+
+
+@pytest.mark.usefixtures("_hasty", "quick")
+@pytest.mark.parametrize(
+    ("faults", "failure"),
+    [("slots=0.9", "503: Service Unavailable"), ("pending=0.9", "RetryError"), ("unprocessed=0.9", "")],
+)
+def test_faults_that_use_up_the_attempts_are_an_error(
+    faults: str, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty = demonstration.PATIENT.copy(stop=tenacity.stop_after_attempt(2))
+    monkeypatch.setattr(demonstration, "PATIENT", hasty)
+    expected = rf": a call failed for good \(.*{failure}.*\); try a smaller --faults$"
+    with pytest.raises(SystemExit, match=expected):
+        demonstration.main(["--items", "20", "--faults", faults])
+
+
+@pytest.mark.usefixtures("_hasty", "quick")
+@pytest.mark.parametrize("way", ["one_item_a_call_with_faults", "by_key", "both_by_key", "orders_by_key"])
+def test_wrong_outcomes_of_any_way_are_an_error(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(demonstration, way)
+    for wrong in (lose_the_order, lose_one, mistake_one):
+        monkeypatch.setattr(demonstration, way, lambda *arguments, wrong=wrong: wrong(right(*arguments)))
+        with pytest.raises(SystemExit, match=r": wrong results, or not in the order of the items$"):
+            demonstration.main(["--items", "10", "--faults", "expired=0.1"])
+
+
+@pytest.mark.usefixtures("_hasty", "quick")
+def test_failure_that_was_not_ordered_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(Client, "fetch_result", fail)
+    with pytest.raises(SystemExit, match=r"^one item a call, .*: a call failed for good \('gone'\)"):
+        demonstration.main(["--items", "10", "--faults", "expired=0.1"])
 
 
 # --- what goes wrong

@@ -353,18 +353,27 @@ def test_unknown_tokens_fail_their_items_alone(library: Library) -> None:
 
 
 @each_library
-def test_batch_that_is_too_large_is_raised_at_once_without_bisect(library: Library) -> None:
+def test_batch_that_is_too_large_is_raised_at_once_if_it_is_not_to_be_split(library: Library) -> None:
     with quick_api() as api, library.client(api.url) as client:
-        whole: Any = Stage(client.fetch_tokens, batch_size=MOST_IDS + 1, workers=1, bisect=False)
+        first = Stage(client.fetch_tokens, batch_size=MOST_IDS + 1, workers=1, bisect=False)
         with pytest.raises(library.refused) as raised:
-            run_two_stage(range(300), whole, client.fetch_result)
+            run_two_stage(range(300), first, client.fetch_result)
         assert api.attempts == {"tokens": 1, "results": 0}
-        assert library.status(raised.value) == 400
+        assert library.status(raised.value) == 413
         assert raised.value.__notes__ == [f"twostage: stage one, {MOST_IDS + 1} items from 0, 1 attempt"]
         items = range(MOST_IDS + 1)
         assert run_two_stage(
             items, client.fetch_tokens, client.fetch_result, batch_size=MOST_IDS
         ) == right_results(items)
+
+
+@each_library
+def test_batch_that_is_too_large_is_split_and_its_half_is_the_size_from_then_on(library: Library) -> None:
+    with quick_api() as api, library.client(api.url) as client:
+        first = Stage(client.fetch_tokens, batch_size=MOST_IDS + 1, workers=1)
+        assert run_two_stage(range(1000), first, client.fetch_result) == right_results(range(1000))
+        assert 1 <= api.answered[413] <= 2  # the second was handed over already
+        assert max(api.answers.ids.values()) == 2
 
 
 # --- connections

@@ -8,34 +8,83 @@ import logging
 import math
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from tenacity import Retrying, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    retry_if_result,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
-from twostage import run_two_stage
-from twostage._embedded_api import MOST_IDS, ApiError, Client, EmbeddedApi, Result, result_of, token_of
+from twostage import MissingToken, Stage, is_transient, run_two_stage
+from twostage._embedded_api import (
+    FAULTS,
+    LASTING,
+    MOST_IDS,
+    ApiError,
+    Client,
+    EmbeddedApi,
+    ExpiredToken,
+    Faults,
+    Item,
+    Result,
+    is_pending,
+    orders_of,
+    result_of,
+    token_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["main"]
 
 SAMPLE = 100  # items of the plain loop: all of them would take longer than the rest together
 
 DESCRIPTION = f"""
-Runs one job in four ways and prints how long each takes: a plain loop, one thread pool, twostage without and
-with batches. The job makes two calls for every item: the first returns its token, the second the token's
-result. The API is an HTTP server on a free port of 127.0.0.1 that takes up to {MOST_IDS} items in a first
-call. It takes up to 10 ms to answer a first call, up to 5 ms to answer a second one, and a share of the
-attempts fails: by status 429, by status 503, or by ending the connection. All four ways retry what failed,
-and their results are checked.
+Runs one job in four ways and prints how long each takes: a plain loop, one thread
+pool, twostage without and with batches. The job makes two calls for every item: the
+first returns its token, the second the token's result. The API is an HTTP server on a
+free port of 127.0.0.1 that takes up to {MOST_IDS} items in a first call. It takes up to 10 ms
+to answer a first call, up to 5 ms to answer a second one, and a share of the attempts
+fails: by status 429, by status 503, or by ending the connection. All four ways retry
+what failed, and their results are checked.
 """
 
-EPILOG = """
-The server lives in the same process as its callers, so local work counts for more here than in most jobs.
-Nothing leaves this machine.
+EPILOG = f"""
+faults by name, each with its share, from 0 to below 1:
+{"".join(f"  {name:13}{what}{chr(10)}" for name, what in FAULTS.items())}
+With other faults than errors the four ways are twostage's: one item a call, tokens by
+key, results by key too, and orders, of which an item has none to three.
+
+The server lives in the same process as its callers, so local work counts for more here
+than in most jobs. Nothing leaves this machine.
 """
+
+COLUMNS: Final = ("seconds", "attempts", "retries", "speed-up")
+COLUMNS_OF_FAULTS: Final = ("seconds", "attempts", "extra")
+
+
+def answered_ten_times(state: RetryCallState) -> bool:
+    """Whether it was asked for ten times and the last request did not fail, or twenty times.
+
+    An id that is left out ten times does not exist; but a request that fails does not say so.
+    """
+    error = state.outcome and state.outcome.exception()
+    return state.attempt_number >= (20 if error and is_transient(error) else 10)
+
+
+PATIENT: Final = Retrying(
+    retry=retry_if_exception(is_transient) | retry_if_result(is_pending),
+    stop=answered_ten_times,
+    wait=wait_random_exponential(multiplier=0.02, max=1),
+)
+"""The policy where faults are named: a result that is not ready yet is asked for again, too."""
 
 
 class Row(NamedTuple):
@@ -58,21 +107,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments of the command line; those of this process if not given.
     """
     options = parse(argv)
-    print(
+    intro = (
         f"{options.items:,} items, two calls each, to an HTTP API on 127.0.0.1: for a token in up to 10 ms,\n"
-        f"for its result in up to 5 ms; {100 * options.faults:.3g} % of the attempts fail and are retried.\n"
+        "for its result in up to 5 ms; "
     )
-    print_table(run_all(options))
-    print("\nAll results right, in order.")
+    if only_errors(options.faults):
+        share = options.faults.get("errors", 0)
+        print(f"{intro}{100 * share:.3g} % of the attempts fail and are retried.\n")
+        print_table(run_all(options), COLUMNS)
+        print("\nAll results right, in order.")
+    else:
+        shares = ", ".join(f"{name} {100 * share:.3g} %" for name, share in options.faults.items())
+        print(f"{intro}faults by share:\n{shares}.")
+        print("A plain loop and a thread pool, as they are commonly written, do not survive these.\n")
+        print_table(run_all_with_faults(options), COLUMNS_OF_FAULTS)
+        print("\nExtra are the attempts beyond one for each batch and each token that there is.")
+        print(f"All outcomes right, in order: {counted_outcomes(options)}.")
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options, or ends with a message that says what is wrong with one."""
     parser = argparse.ArgumentParser(prog="python -m twostage", description=DESCRIPTION, epilog=EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the epilog has a table
 
-    def add(name: str, kind: Callable[[str], float], default: float, text: str) -> None:
-        metavar = "SHARE" if kind is share else "N"
+    def add(name: str, kind: Callable[[str], object], default: object, text: str) -> None:
+        metavar = "FAULTS" if kind is faults else "N"
         parser.add_argument(
             name, type=kind, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
         )
@@ -81,7 +141,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", whole_number(1, MOST_IDS), 100, f"items of one first call, at most {MOST_IDS}")
     add("--token-workers", whole_number(1), 4, "first calls at once, in batches")
     add("--result-workers", whole_number(1), 32, "second calls at once, and threads of the pool")
-    add("--faults", share, 0.02, "share of the attempts that fail, from 0 to below 1")
+    add(
+        "--faults",
+        faults,
+        "0.02",
+        "share of the attempts that fail, from 0 to below 1, or shares by name: errors=0.02,missing=0.01",
+    )
     add("--seed", whole_number(0), 7, "seed of the latencies and faults")
     return parser.parse_args(argv)
 
@@ -98,7 +163,25 @@ def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
     return convert
 
 
-def share(text: str) -> float:
+def faults(text: str) -> dict[str, float]:
+    """Converts the faults for `argparse`, a share of errors or shares by name."""
+    if "=" not in text:
+        return {"errors": share_of(text)}
+    shares = {}
+    for part in text.split(","):
+        name, _, share = part.partition("=")
+        if name not in FAULTS:
+            raise argparse.ArgumentTypeError(f"no fault is called {name!r}; there are {', '.join(FAULTS)}")
+        shares[name] = share_of(share)
+    return shares
+
+
+def only_errors(shares: Mapping[str, float]) -> bool:
+    """Whether retries alone are enough, which each of the ways makes."""
+    return not any(share for name, share in shares.items() if name != "errors")
+
+
+def share_of(text: str) -> float:
     """Converts a share for `argparse`."""
     try:
         value = float(text)
@@ -126,12 +209,34 @@ def run_all(options: argparse.Namespace) -> list[Row]:
     ]
 
 
+def run_all_with_faults(options: argparse.Namespace) -> list[Row]:
+    """Runs the job in each of the ways of twostage, one after the other."""
+    items, size = range(options.items), options.batch_size
+    alone = f"one item a call, {options.result_workers} + {options.result_workers} workers"
+    workers = f"{options.token_workers} + {options.result_workers} workers"
+    return [
+        measure(alone, one_item_a_call_with_faults, items, options),
+        measure(f"tokens by key, batches of {size}, {workers}", by_key, items, options, size),
+        measure(
+            f"results by key too, batches of {size} and {size}, {workers}",
+            *(both_by_key, items, options, size),
+            result_batch_size=size,
+        ),
+        measure(
+            f"orders by key, batches of {size}, {workers}", orders_by_key, items, options, size, many=True
+        ),
+    ]
+
+
 def measure(
     name: str,
-    way: Callable[[Client, Sequence[int], argparse.Namespace], list[Result]],
+    way: Callable[[Client, Sequence[int], argparse.Namespace], list[Any]],
     items: Sequence[int],
     options: argparse.Namespace,
     batch_size: int = 1,
+    *,
+    result_batch_size: int = 1,
+    many: bool = False,
 ) -> Row:
     """Runs the job in one way, against an API of its own that draws as that of every other, and checks it."""
     with EmbeddedApi(faults=options.faults, seed=options.seed) as api, Client(api.url) as client:
@@ -139,12 +244,40 @@ def measure(
         try:
             results = way(client, items, options)
         except (ApiError, OSError, http.client.HTTPException) as error:
-            raise SystemExit(f"{name}: a call failed for good ({error}); try a smaller --faults") from error
+            raise SystemExit(f"{name}: {failed_for_good(error)}") from error
         seconds = time.perf_counter() - begin
-    if results != [result_of(token_of(item)) for item in items]:
-        raise SystemExit(f"{name}: wrong results, or not in the order of the items")
-    calls = math.ceil(len(items) / batch_size) + len(items)
+    right = [right_outcome(api.faults, item, many=many) for item in items]
+    outcomes = list(map(outcome_of, results))
+    if outcomes != right:
+        pairs = zip(results, outcomes, right, strict=False)
+        errors = [result for result, *pair in pairs if isinstance(result, Exception) and pair[0] != pair[1]]
+        what = failed_for_good(errors[0]) if errors else "wrong results, or not in the order of the items"
+        raise SystemExit(f"{name}: {what}")
+    tokens = sum(
+        len(found) if isinstance(found, list) else 1 for found in right if not isinstance(found, int)
+    )
+    calls = math.ceil(len(items) / batch_size) + math.ceil(tokens / result_batch_size)
     return Row(name, seconds, api.attempts.total(), calls)
+
+
+def failed_for_good(error: Exception) -> str:
+    """Returns what to say of a call that used up its attempts."""
+    return f"a call failed for good ({error}); try a smaller --faults"
+
+
+def right_outcome(ordered: Faults, item: Item, *, many: bool) -> Result | list[Result] | int:
+    """Returns an item's result, a list of them if it has many, or the status of what keeps it from that."""
+    status = ordered.lasting_status(item)
+    if status is not None:
+        return status
+    return [result_of(token) for token in orders_of(item)] if many else result_of(token_of(item))
+
+
+def outcome_of(result: object) -> object:
+    """Returns what `right_outcome` is to be compared with."""
+    if isinstance(result, MissingToken):
+        return LASTING["missing"]
+    return result.status if isinstance(result, ApiError) else result
 
 
 def plain_loop(client: Client, items: Sequence[int], _: argparse.Namespace) -> list[Result]:
@@ -178,6 +311,60 @@ def in_batches(client: Client, items: Sequence[int], options: argparse.Namespace
     )
 
 
+def one_item_a_call_with_faults(
+    client: Client, items: Sequence[int], options: argparse.Namespace
+) -> list[object]:
+    """The two stages without batches."""
+    workers = options.result_workers
+    return through_faults(
+        items, Stage(client.fetch_token, workers=workers), Stage(client.fetch_result, workers=workers)
+    )
+
+
+def by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
+    """The two stages, the first in batches that are answered by key."""
+    return through_faults(
+        items,
+        Stage(client.fetch_keyed_tokens, **by_key_options(options, options.token_workers)),
+        Stage(client.fetch_result, workers=options.result_workers),
+    )
+
+
+def both_by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
+    """The two stages, both in batches that are answered by key."""
+    return through_faults(
+        items,
+        Stage(client.fetch_keyed_tokens, **by_key_options(options, options.token_workers)),
+        Stage(client.fetch_results, **by_key_options(options, options.result_workers)),
+    )
+
+
+def orders_by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
+    """The two stages, the first in batches that are answered by key, with any number of tokens an item."""
+    return through_faults(
+        items,
+        Stage(client.fetch_keyed_orders, many=True, **by_key_options(options, options.token_workers)),
+        Stage(client.fetch_result, workers=options.result_workers),
+    )
+
+
+def by_key_options(options: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """Returns what a stage is told of batches that are answered by key."""
+    # What an API has only left out for now is not told from what does not exist: both are asked for again.
+    return {
+        "batch_size": options.batch_size,
+        "workers": workers,
+        "retry_missing": "unprocessed" in options.faults,
+    }
+
+
+def through_faults(items: Sequence[int], first: Stage[Any, Any], second: Stage[Any, Any]) -> list[object]:
+    """Runs a job that ends with an outcome for each item, whatever is ordered."""
+    return run_two_stage(
+        items, first, second, retry=PATIENT, refresh_token_on=ExpiredToken, return_exceptions=True
+    )
+
+
 def both_calls(client: Client) -> Callable[[int], Result]:
     """Returns both in one function, with retries as they are commonly written: they sleep in the worker."""
     retrying = Retrying(
@@ -187,16 +374,30 @@ def both_calls(client: Client) -> Callable[[int], Result]:
     return lambda item: retrying(client.fetch_result, retrying(client.fetch_token, item))
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Prints the rows, each with its speed-up against the first."""
+def counted_outcomes(options: argparse.Namespace) -> str:
+    """Returns how many items have a result, and how many failed by which fault."""
+    ordered = Faults(options.faults, seed=options.seed)
+    counts = Counter(map(ordered.lasting_status, range(options.items)))
+    failed = [f"{counts[status]:,} {name}" for name, status in LASTING.items() if counts[status]]
+    return f"{counts[None]:,} items have their results" + (
+        f", {options.items - counts[None]:,} failed as ordered ({', '.join(failed)})" if failed else ""
+    )
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Prints these columns of the rows; speed-ups are against the first row."""
     width = max(len(row.way) for row in rows)
-    print(f"{'':{width}}  seconds  attempts  retries  speed-up")
+    print(f"{'':{width}}", *columns, sep="  ")
     for row in rows:
-        speed_up = rows[0].seconds / row.seconds
-        retries = row.attempts - row.calls
-        print(
-            f"{row.way:{width}}  {row.seconds:7.2f}  {row.attempts:8,.0f}  {retries:7,.0f}  {speed_up:7.1f}x"
-        )
+        beyond = f"{row.attempts - row.calls:,.0f}"
+        cells = {
+            "seconds": f"{row.seconds:.2f}",
+            "attempts": f"{row.attempts:,.0f}",
+            "retries": beyond,
+            "extra": beyond,
+            "speed-up": f"{rows[0].seconds / row.seconds:.1f}x",
+        }
+        print(f"{row.way:{width}}", *(f"{cells[name]:>{len(name)}}" for name in columns), sep="  ")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
 """A small HTTP API on 127.0.0.1 and its client: what the demonstration and the tests run against.
 
-`POST /tokens` with `{"ids": [...]}` answers `{"tokens": [...]}` in the same order, and `GET /results/<token>`
-answers `{"result": {...}}`. A token is a function of its id, a result one of its token: each can be checked.
+| request | body | answer |
+| --- | --- | --- |
+| `POST /tokens` | `{"ids": [...]}` | `{"tokens": [token, ...]}` in the same order |
+| `POST /orders` | the same | `{"orders": [[token, ...], ...]}`, none to three for each id |
+| `POST /tokens?keyed`, `/orders?keyed` | the same | `{"tokens": [[id, token], ...]}` in any order |
+| `GET /results/<token>` | | `{"result": {...}}`, or 202 and `{"status": "pending"}` |
+| `POST /results` | `{"tokens": [...]}` | `{"results": [[token, what GET answers], ...]}` in any order |
+
+Answers by key are pairs, since a key of a JSON object is text, and an id may be a number. A slot of an answer
+for several may be `{"error": status}`. What goes wrong is ordered by name; `_embedded_answers.py` has them.
 """
 
 from __future__ import annotations
@@ -13,83 +21,56 @@ import socketserver
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socket import SHUT_RDWR
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
+from twostage._embedded_answers import (
+    FAULTS,
+    LASTING,
+    MOST_IDS,
+    PENDING,
+    Answers,
+    ApiError,
+    ExpiredToken,
+    Faults,
+    Item,
+    Result,
+    is_pending,
+    orders_of,
+    result_of,
+    token_of,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from socket import socket
 
-__all__ = ["ApiError", "Client", "EmbeddedApi", "Item", "Result", "result_of", "token_of"]
+    from twostage._embedded_answers import Content
 
-Item: TypeAlias = int | str
-Result: TypeAlias = dict[str, int | str]
+__all__ = [
+    "FAULTS",
+    "LASTING",
+    "MOST_IDS",
+    "ApiError",
+    "Client",
+    "EmbeddedApi",
+    "ExpiredToken",
+    "Faults",
+    "Item",
+    "Result",
+    "is_pending",
+    "orders_of",
+    "result_of",
+    "token_of",
+]
 
-MOST_IDS: Final = 100  # that one `POST /tokens` takes
 _DROPPED: Final = 0  # beside the statuses: the connection ends without an answer
-_FAULTS: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, _DROPPED)
-
-
-class ApiError(Exception):
-    """A request that the API refused.
-
-    Attributes:
-        status: The HTTP status of the answer.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
-        self.status = status
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.args[1]}"
-
-
-def token_of(item: Item) -> str:
-    """Returns the token that the API gives for an id: its JSON text behind a checksum, in hexadecimal."""
-    text = json.dumps(item).encode()
-    return (zlib.crc32(text).to_bytes(4) + text).hex()
-
-
-def result_of(token: str) -> Result:
-    """Returns the result that the API gives for a token.
-
-    Raises:
-        ApiError: Of status 404; no id has this token.
-    """
-    try:
-        item = json.loads(bytes.fromhex(token)[4:])
-    except ValueError:
-        item = None
-    if not _is_id(item) or token_of(item) != token:
-        raise ApiError(HTTPStatus.NOT_FOUND, "unknown token")
-    return {"id": item, "report": f"report {item}"}
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _answer_tokens(body: bytes) -> dict[str, Any]:
-    try:
-        ids = json.loads(body)["ids"]
-    except (ValueError, TypeError, KeyError):
-        ids = None
-    if not isinstance(ids, list) or not all(map(_is_id, ids)):
-        raise ApiError(HTTPStatus.BAD_REQUEST, 'expected {"ids": [...]}, each an integer or a string')
-    if len(ids) > MOST_IDS:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{len(ids)} ids, at most {MOST_IDS} are taken")
-    return {"tokens": [token_of(item) for item in ids]}
-
-
-def _answer_result(token: str) -> dict[str, Any]:
-    return {"result": result_of(token)}
+_ERRORS: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, _DROPPED)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,28 +89,39 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.LENGTH_REQUIRED, {"error": "a Content-Length is needed"})
             return
         body = self.rfile.read(int(length))
-        if self.path == "/tokens":
-            self._serve("tokens", lambda: _answer_tokens(body))
+        answers = self.server.answers
+        path = self.path.removesuffix("?keyed")
+        keyed = path != self.path
+        name = path.removeprefix("/")
+        if path in ("/tokens", "/orders"):
+            self._serve(name, lambda: answers.to_ids(name, body, keyed=keyed))
+        elif self.path == "/results":
+            self._serve(name, lambda: answers.to_tokens(body))
         else:
             self._send(HTTPStatus.NOT_FOUND, {"error": "unknown path"})
 
     def do_GET(self) -> None:
         if self.path.startswith("/results/"):
-            self._serve("results", lambda: _answer_result(self.path.removeprefix("/results/")))
+            token = self.path.removeprefix("/results/")
+            self._serve("results", lambda: self.server.answers.to_token(token))
         else:
             self._send(HTTPStatus.NOT_FOUND, {"error": "unknown path"})
 
-    def _serve(self, kind: str, answer: Callable[[], dict[str, Any]]) -> None:
+    def _serve(self, kind: str, answer: Callable[[], Content]) -> None:
         status = self.server.spend_attempt(kind)
+        content: Content = {"error": "a fault, as ordered"}
+        if status == HTTPStatus.OK:
+            try:
+                content = answer()
+            except ApiError as error:
+                status, content = error.status, {"error": error.args[1]}
+            else:
+                status = HTTPStatus.ACCEPTED if content == PENDING else status
+        self.server.count_answer(status)
         if status == _DROPPED:
             self.close_connection = True
-        elif status != HTTPStatus.OK:
-            self._send(status, {"error": "a fault, as ordered"})
         else:
-            try:
-                self._send(status, answer())
-            except ApiError as error:
-                self._send(error.status, {"error": error.args[1]})
+            self._send(status, content)
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -153,15 +145,24 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
 
     Attributes:
         url: Where it listens, as `http://127.0.0.1:<port>`.
-        attempts: How many requests came to `"tokens"` and to `"results"`, those that failed among them.
-        most_at_once: The highest number of requests that were being served at once, of each of the two.
+        attempts: How many requests came to `"tokens"`, `"orders"` and `"results"`, those that failed among
+            them.
+        most_at_once: The highest number of requests that were being served at once, of each of the three.
+        answered: How many requests were answered by each status; 0 is a connection that was ended.
+        answers: Has how often each of the `ids` and `tokens` was asked for.
+        faults: Tells which ids and tokens are befallen by what: `faults.lasting_status(item)`.
 
     Args:
-        token_latency: Seconds that a `/tokens` request takes at most, drawn evenly from 0 on.
+        token_latency: Seconds that a `/tokens` or `/orders` request takes at most, drawn evenly from 0 on.
         result_latency: The same for `/results`.
-        faults: Share of the requests that fail, 0 to 1: in equal parts by status 429, by status 503, and by a
-            connection that ends without an answer.
-        seed: Of the draws. They are made in the order in which requests come.
+        faults: What goes wrong: the share of each fault of `FAULTS` by its name. A number is the share of
+            `errors`, which are in equal parts status 429, status 503, and a connection that ends without an
+            answer.
+        most_ids: How many ids, or tokens, a request may ask for; more are answered by status 413.
+        seed: Of the draws. Latencies and `errors` are drawn in the order in which requests come.
+
+    Raises:
+        ValueError: No fault has this name, or a share is not from 0 to 1.
     """
 
     request_queue_size = 512  # hundreds of clients connect in the same instant
@@ -171,16 +172,20 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
         *,
         token_latency: float = 0.010,
         result_latency: float = 0.005,
-        faults: float = 0.0,
+        faults: float | Mapping[str, float] = 0.0,
+        most_ids: int = MOST_IDS,
         seed: int = 0,
     ) -> None:
+        self.faults = Faults(faults, seed=seed)  # before a socket is open that nobody would close
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.attempts = Counter(tokens=0, results=0)
         self.most_at_once = Counter(tokens=0, results=0)
+        self.answered: Counter[int] = Counter()
+        self.answers = Answers(self.faults, most_ids)
         self._at_once = Counter(tokens=0, results=0)
-        self._latencies = {"tokens": token_latency, "results": result_latency}
-        self._faults = faults
+        self._latencies = {"tokens": token_latency, "orders": token_latency, "results": result_latency}
+        self._errors = self.faults.shares.get("errors", 0.0)
         self._random = random.Random(seed)
         self._lock = threading.Lock()  # of the counts and the draws
         self._acceptor = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -201,17 +206,22 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def spend_attempt(self, kind: str) -> int:
-        """Counts one request and takes its time; returns its fault's status, `_DROPPED`, or 200 for none."""
+        """Counts one request and takes its time; returns its error's status, `_DROPPED`, or 200 for none."""
         with self._lock:
             self.attempts[kind] += 1
             self._at_once[kind] += 1
             self.most_at_once[kind] = max(self.most_at_once[kind], self._at_once[kind])
             latency = self._random.uniform(0, self._latencies[kind])
-            status = self._random.choice(_FAULTS) if self._random.random() < self._faults else HTTPStatus.OK
+            status = self._random.choice(_ERRORS) if self._random.random() < self._errors else HTTPStatus.OK
         time.sleep(latency)
         with self._lock:
             self._at_once[kind] -= 1
         return status
+
+    def count_answer(self, status: int) -> None:
+        """Counts how a request was answered."""
+        with self._lock:
+            self.answered[status] += 1
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as the base class
         """Serves a connection in a thread that the end of the context can find."""
@@ -229,10 +239,12 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
 
 
 class Client:
-    """The API's two calls, over one keep-alive connection a thread.
+    """The API's calls, over one keep-alive connection a thread, with answers as twostage takes them.
 
     Nothing is tried again: a status of 400 or more is an `ApiError`, a lost connection what `http.client`
-    raises, and the thread's next attempt connects anew. Leaving the context closes all connections.
+    raises, and the thread's next attempt connects anew. An error in a slot of an answer for several stands
+    there as an `ApiError` object. A 401 is an `ExpiredToken`, either way. Leaving the context closes all
+    connections.
 
     Args:
         url: Of the API, as `EmbeddedApi.url`.
@@ -256,29 +268,49 @@ class Client:
 
     def fetch_token(self, item: Item) -> str:
         """Returns one item's token."""
-        return self.fetch_tokens([item])[0]
+        token: str = _raised(self.fetch_tokens([item])[0])
+        return token
 
-    def fetch_tokens(self, items: Sequence[Item]) -> list[str]:
-        """Returns the tokens of up to `MOST_IDS` items, in their order."""
-        tokens: list[str] = self._ask("POST", "/tokens", json.dumps({"ids": items}))["tokens"]
+    def fetch_tokens(self, items: Sequence[Item]) -> list[Any]:
+        """Returns the tokens of several items, in their order."""
+        return list(map(_slot, self._post("/tokens", "ids", items)["tokens"]))
+
+    def fetch_keyed_tokens(self, items: Sequence[Item]) -> dict[Item, Any]:
+        """Returns the tokens of several items by item, without those that the API left out."""
+        return _by_key(self._post("/tokens?keyed", "ids", items)["tokens"])
+
+    def fetch_orders(self, item: Item) -> list[str]:
+        """Returns one item's tokens: none, one or more."""
+        tokens: list[str] = _raised(_slot(self._post("/orders", "ids", [item])["orders"][0]))
         return tokens
 
+    def fetch_keyed_orders(self, items: Sequence[Item]) -> dict[Item, Any]:
+        """Returns the tokens of several items, a list by item, without those that the API left out."""
+        return _by_key(self._post("/orders?keyed", "ids", items)["orders"])
+
     def fetch_result(self, token: str) -> Result:
-        """Returns a token's result."""
-        result: Result = self._ask("GET", f"/results/{token}")["result"]
+        """Returns a token's result, or what `is_pending` is true of."""
+        result: Result = _slot(self._ask("GET", f"/results/{token}"))
         return result
 
-    def _ask(self, method: str, path: str, body: str | None = None) -> dict[str, Any]:
+    def fetch_results(self, tokens: Sequence[str]) -> dict[str, Any]:
+        """Returns the results of several tokens by token, some of them pending, without those left out."""
+        return _by_key(self._post("/results", "tokens", tokens)["results"])
+
+    def _post(self, path: str, name: str, values: Sequence[Item]) -> Content:
+        return self._ask("POST", path, json.dumps({name: values}))
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> Content:
         connection = self._connection()
         try:
             connection.request(method, path, body)
             response = connection.getresponse()
-            content: dict[str, Any] = json.loads(response.read())
+            content: Content = json.loads(response.read())
         except BaseException:
             connection.close()  # an answer still to come would be taken for the next attempt's
             raise
         if response.status >= HTTPStatus.BAD_REQUEST:
-            raise ApiError(response.status, content["error"])
+            raise _error(response.status, content["error"])
         return content
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -287,3 +319,25 @@ class Client:
             connection = self._local.connection = http.client.HTTPConnection(self._netloc, timeout=30)
             self._connections.append(connection)
         return connection
+
+
+def _error(status: int, message: str) -> ApiError:
+    return (ExpiredToken if status == HTTPStatus.UNAUTHORIZED else ApiError)(status, message)
+
+
+def _slot(slot: Any) -> Any:  # noqa: ANN401 - a token, tokens or a result
+    """Returns what stands in a slot of an answer: an error as an exception object."""
+    if not isinstance(slot, dict) or slot == PENDING:
+        return slot
+    return slot["result"] if "result" in slot else _error(slot["error"], HTTPStatus(slot["error"]).phrase)
+
+
+def _by_key(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    return {key: _slot(slot) for key, slot in pairs}
+
+
+def _raised(slot: Any) -> Any:  # noqa: ANN401 - a token or tokens
+    """Returns a slot, or raises the error in it: a call for one item has no other way to say so."""
+    if isinstance(slot, ApiError):
+        raise slot
+    return slot
