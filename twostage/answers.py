@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Hashable, Iterable, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -126,7 +126,8 @@ def with_lists(check: Check, *, batched: bool) -> Check:
 
 
 def _token_list(value: object) -> list[Any]:
-    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Collection | Sequence):
+    wrong = isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Sized)
+    if wrong or not isinstance(value, Iterable):
         raise TypeError(
             f"fetch_token returned {type(value).__name__} for an item; with many=True a list is expected "
             "(or another collection), with the item's tokens"

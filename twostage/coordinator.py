@@ -229,7 +229,10 @@ class Coordinator:
 
     def results_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """The same for a batch of tokens."""
-        self._take_results(*self._batch_ended(self.result_line, batch, answer, error))
+        members, results = self._batch_ended(self.result_line, batch, answer, error)
+        for member in members:
+            member.attempts = batch.attempts
+        self._take_results(members, results)
 
     def _take_results(self, members: Sequence[Any], results: Sequence[Any]) -> None:
         for member, result in zip(members, results, strict=True):
@@ -457,6 +460,9 @@ class Coordinator:
             self.failed_index = min(self.failed_index, outcomes[0].index)
             self._end(error)
             return
+        if line is self.result_line:
+            for member in members:
+                member.attempts = call.attempts
         if listed:
             self._take_results(members, [error] * len(members))
             return
