@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tenacity import Retrying, wait_fixed
+from tenacity import Retrying, retry_if_exception, wait_fixed
 
-from twostage import Stage, iter_two_stage, run_two_stage
+from twostage import MissingToken, Stage, iter_two_stage, run_two_stage
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from twostage import Outcome
+    from twostage.coordinator import Coordinator
 
-__all__ = ["Plan", "check", "drawn_plan"]
+__all__ = ["Answers", "Plan", "check", "drawn_plan"]
 
 WAIT = 1.0
 """Between the attempts of a call."""
@@ -47,11 +49,51 @@ class Plan:
     source_pause: float
     consumer_pause: float
     seed: int
+    answers: Answers | None = None
+    """What else an API may answer."""
 
     @property
     def may_end_early(self) -> bool:
-        failing = self.lasting or (self.miscounted and self.batch_size)
+        failing = self.lasting or (self.miscounted and self.batch_size) or self.answers
         return self.source_fails_at is not None or bool(failing and not self.return_exceptions)
+
+    def item_at(self, index: int) -> int:
+        return (
+            index if self.answers is None or self.answers.distinct is None else index % self.answers.distinct
+        )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the API of a job answers, beyond tokens in the items' order."""
+
+    keyed: bool
+    """Batches are answered by mappings."""
+    left_out: float
+    """Share of items that an answer by key leaves out this time."""
+    slots: float
+    """Share of a batch's slots with a failure that passes."""
+    refuses: bool
+    """Each seventh item makes its whole batch be refused, and another one is never in an answer by key."""
+    many: bool
+    expiring: float
+    """Share of items whose first token has expired when it is used; of many, some."""
+    distinct: int | None
+    """How many items there are, if they come again and again."""
+    result_batch: int | None
+
+    def is_refused(self, item: int) -> bool:
+        return self.refuses and item % 7 == 3
+
+    def is_missing(self, item: int) -> bool:
+        # Where what was left out is asked for again, it must come in the end.
+        return self.refuses and self.keyed and not self.left_out and item % 7 == 5
+
+    def expires(self, item: int) -> bool:
+        return random.Random(item).random() < self.expiring
+
+    def tokens(self, item: int) -> int:
+        return item * 7 % 5 if self.many else 1
 
 
 def drawn_plan(seed: int) -> Plan:
@@ -60,6 +102,7 @@ def drawn_plan(seed: int) -> Plan:
     items = rng.choice((0, 1, 7, 40, 150, 400))
     batch_size = rng.choice((None, 1, 2, 10, 37))
     some = rng.randrange(items + 1)
+    answers = None if rng.random() < 0.5 else drawn_answers(rng, batched=batch_size is not None)
     return Plan(
         items=items,
         batch_size=batch_size,
@@ -70,7 +113,9 @@ def drawn_plan(seed: int) -> Plan:
         ),
         fail=rng.choice((0.0, 0.05, 0.5)),
         lasting=frozenset(rng.sample(range(items), min(items, rng.choice((0, 0, 1, 5))))),
-        miscounted=frozenset(rng.sample(range(items), min(items, rng.choice((0, 0, 0, 2))))),
+        miscounted=frozenset(
+            rng.sample(range(items), min(items, rng.choice((0, 0, 0, 2)))) if answers is None else ()
+        ),
         source_fails_at=some if rng.random() < 0.1 else None,
         leave_after=some if rng.random() < 0.1 else None,
         listed=rng.random() < 0.4,
@@ -79,7 +124,26 @@ def drawn_plan(seed: int) -> Plan:
         source_pause=rng.choice((0.0, 0.0, 0.3)),
         consumer_pause=rng.choice((0.0, 0.0, 0.3)),
         seed=seed,
+        answers=answers,
     )
+
+
+def drawn_answers(rng: random.Random, *, batched: bool) -> Answers:
+    """Returns how an API answers; what only batches can show is off where there are none."""
+    return Answers(
+        keyed=batched and rng.random() < 0.5,
+        left_out=rng.choice((0.0, 0.2)),
+        slots=rng.choice((0.0, 0.2)),
+        refuses=rng.random() < 0.5,
+        many=rng.random() < 0.4,
+        expiring=rng.choice((0.0, 0.1, 1.0)),
+        distinct=rng.choice((None, None, 1, 5, 60)),
+        result_batch=rng.choice((None, None, 1, 8)),
+    )
+
+
+class ExpiredError(Exception):
+    """A token has been kept for too long."""
 
 
 class Watch:
@@ -93,54 +157,114 @@ class Watch:
         self.most_read = 0
         self.taken = 0
         self.source_closed = False
-        # For each stage and the first item of a call: when each attempt began and ended.
-        self.attempts: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+        self.attempts: dict[str, list[tuple[float, float]]] = {"stage one": [], "stage two": []}
+        self.made: Counter[str] = Counter()  # attempts of each token's call
+        self.due: dict[str, float] = {}  # for an item or a token that has failed and may not be sent before
+        self.tokens_given: Counter[int] = Counter()
+        self.books: Coordinator | None = None
 
     def source(self) -> Iterator[int]:
         try:
-            for item in range(self.plan.items):
+            for index in range(self.plan.items):
                 sleep(self.plan.source_pause)
-                if item == self.plan.source_fails_at:
+                if index == self.plan.source_fails_at:
                     raise EOFError
                 self.read += 1
                 self.most_read = max(self.most_read, self.read - self.taken)
-                yield item
+                yield self.plan.item_at(index)
         finally:
             self.source_closed = True
 
-    def attempt(self, stage: str, first: int) -> None:
+    def attempt(self, stage: str, members: list[str]) -> None:
         began = self.virtual.now
-        attempts = self.attempts[stage, first]
-        assert not attempts or began >= attempts[-1][1] + WAIT, f"{stage} of {first} begins before it is due"
+        for member in members:
+            assert began >= self.due.pop(member, 0), f"{stage} of {member} begins before it is due"
         sleep(self.plan.latency(self.rng))
-        attempts.append((began, self.virtual.now))
+        self.attempts[stage].append((began, self.virtual.now))
         if self.rng.random() < self.plan.fail:
+            self.pass_on(members)
             raise ApiError(503)
 
-    def fetch_token(self, item: int) -> str:
-        self.attempt("stage one", item)
-        return f"token {item}"
+    def pass_on(self, members: list[str]) -> None:
+        for member in members:
+            self.due[member] = self.virtual.now + WAIT
 
-    def fetch_tokens(self, items: list[int]) -> list[str]:
+    def slot(self, member: str, share: float, answer: Callable[[], object]) -> Any:  # noqa: ANN401 - or a failure
+        if self.rng.random() < share:
+            self.pass_on([member])
+            return ApiError(503)
+        return answer()
+
+    def token(self, item: int) -> str | list[str]:
+        answers = self.plan.answers
+        if answers is None:
+            return f"token {item}"
+        self.tokens_given[item] += 1
+        given = f"token {item} {self.tokens_given[item]}"
+        return [f"{given} {place}" for place in range(answers.tokens(item))] if answers.many else given
+
+    def fetch_token(self, item: int) -> str | list[str]:
+        if self.plan.answers is not None and self.plan.answers.is_refused(item):
+            raise ApiError(400)
+        self.attempt("stage one", [f"item {item}"])
+        return self.token(item)
+
+    def fetch_tokens(self, items: list[int]) -> Any:  # noqa: ANN401 - a sequence or a mapping
         assert 1 <= len(items) <= (self.plan.batch_size or 0)
-        self.attempt("stage one", items[0])
-        tokens = [f"token {item}" for item in items]
-        return tokens + tokens[:1] if self.plan.miscounted.intersection(items) else tokens
+        assert len(set(items)) == len(items), "an item is twice in a batch"
+        answers = self.plan.answers
+        if answers is not None and any(map(answers.is_refused, items)):
+            raise ApiError(400)
+        self.attempt("stage one", [f"item {item}" for item in items])
+        if answers is None:
+            tokens = [f"token {item}" for item in items]
+            return tokens + tokens[:1] if self.plan.miscounted.intersection(items) else tokens
+        if not answers.keyed:
+            return [self.slot(f"item {item}", answers.slots, partial(self.token, item)) for item in items]
+        answered = {}
+        for item in self.rng.sample(items, len(items)):
+            if answers.is_missing(item):
+                continue
+            if self.rng.random() < answers.left_out:
+                self.pass_on([f"item {item}"])
+            else:
+                answered[item] = self.slot(f"item {item}", answers.slots, partial(self.token, item))
+        return answered
+
+    def result(self, token: str) -> int:
+        _, item, *rest = token.split()  # which of the item's tokens it is, and its place if they are many
+        answers = self.plan.answers
+        if answers is not None and answers.expires(int(item)) and rest[0] == "1" and rest[-1] in "13":
+            raise ExpiredError
+        if int(item) in self.plan.lasting:
+            raise LookupError(item)
+        return -int(item)
 
     def fetch_result(self, token: str) -> int:
-        item = int(token.removeprefix("token "))
-        self.attempt("stage two", item)
-        if item in self.plan.lasting:
-            raise LookupError(item)
-        return -item
+        self.made[token] += 1
+        self.attempt("stage two", [token])
+        return self.result(token)
+
+    def fetch_results(self, tokens: list[str]) -> Any:  # noqa: ANN401 - as above
+        assert self.plan.answers is not None
+        assert 1 <= len(tokens) <= (self.plan.answers.result_batch or 0)
+        self.made.update(tokens)
+        self.attempt("stage two", tokens)
+
+        def answer(token: str) -> object:
+            try:
+                return self.result(token)
+            except (ExpiredError, LookupError) as error:
+                return error
+
+        results = [self.slot(token, self.plan.answers.slots, partial(answer, token)) for token in tokens]
+        return dict(zip(tokens, results, strict=True)) if self.plan.answers.keyed else results
 
     def most_at_once(self, stage: str) -> int:
         """The highest number of attempts that ran at the same time; one that ends makes room at once."""
         changes = []
-        for (of, _), attempts in self.attempts.items():
-            if of == stage:
-                for began, ended in attempts:
-                    changes += [(began, 1), (ended, -1)]
+        for began, ended in self.attempts[stage]:
+            changes += [(began, 1), (ended, -1)]
         running = most = 0
         for _, change in sorted(changes):
             running += change
@@ -160,29 +284,43 @@ class Ended(NamedTuple):
 def run(plan: Plan, watch: Watch) -> Ended:
     """Runs the plan's job."""
     retry = Retrying(
-        retry=lambda state: isinstance(state.outcome and state.outcome.exception(), ApiError),
+        retry=retry_if_exception(lambda error: getattr(error, "status", None) == 503),
         stop=lambda _: False,
         wait=wait_fixed(WAIT),
     )
     first: Any = (
         Stage(watch.fetch_token, workers=plan.workers[0], retry=retry)
         if plan.batch_size is None
-        else Stage(watch.fetch_tokens, batch_size=plan.batch_size, workers=plan.workers[0], retry=retry)
+        else Stage(
+            watch.fetch_tokens,
+            batch_size=plan.batch_size,
+            workers=plan.workers[0],
+            retry=retry,
+            retry_missing=plan.answers is not None and plan.answers.left_out > 0,
+        )
     )
-    second = Stage(watch.fetch_result, workers=plan.workers[1], retry=retry)
+    second: Any = Stage(watch.fetch_result, workers=plan.workers[1], retry=retry)
     settings: dict[str, Any] = {"window": plan.window, "return_exceptions": plan.return_exceptions}
+    if plan.answers is not None:
+        settings |= {"many": plan.answers.many, "refresh_token_on": ExpiredError}
+        if plan.answers.distinct is not None:
+            settings["key"] = str
+        if plan.answers.result_batch is not None:
+            size = plan.answers.result_batch
+            second = Stage(watch.fetch_results, batch_size=size, workers=plan.workers[1], retry=retry)
     outcomes: list[Outcome[int, str, int]] = []
     try:
         if plan.listed:
             return Ended(results=run_two_stage(watch.source(), first, second, **settings))
         with iter_two_stage(watch.source(), first, second, ordered=plan.ordered, **settings) as stream:
+            watch.books = stream._job._coordinator
             for outcome in stream:
                 watch.taken += 1
                 outcomes.append(outcome)
                 if len(outcomes) == plan.leave_after:
                     return Ended(left=True, outcomes=outcomes)
                 sleep(plan.consumer_pause)
-    except (LookupError, ValueError, EOFError) as error:
+    except (ApiError, LookupError, ValueError, EOFError) as error:
         return Ended(error, outcomes=outcomes)
     return Ended(outcomes=outcomes)
 
@@ -207,9 +345,13 @@ def check(plan: Plan) -> None:
     over = ended.error is None and not ended.left
     if plan.listed:
         assert len(ended.results) == (plan.items if over else 0)
-        for item, result in enumerate(ended.results):
-            _check_outcome(plan, item, result, result if isinstance(result, Exception) else None)
+        for index, result in enumerate(ended.results):
+            _check_outcome(plan, index, result, result if isinstance(result, Exception) else None)
         return
+    if over and watch.books is not None:  # nothing is left in them but outcomes that are on their way
+        assert watch.books.in_progress == watch.books.read - watch.books.taken
+        assert watch.books.surplus_tokens == sum(watch.books.surplus.values())
+        assert not watch.books.refreshed
     indices = [outcome.index for outcome in ended.outcomes]
     assert len(set(indices)) == len(indices), "an item gave two outcomes"
     assert len(indices) == plan.items or not over, "an item gave no outcome"
@@ -218,15 +360,28 @@ def check(plan: Plan) -> None:
         # What is done before a failure is handed over, with gaps; a consumer may leave between them.
         assert plan.may_end_early or indices == list(range(len(indices)))
     for outcome in ended.outcomes:
-        assert outcome.item == outcome.index
-        _check_outcome(plan, outcome.item, outcome.exception or outcome.result, outcome.exception)
-        assert len(watch.attempts["stage two", outcome.item]) == outcome.result_attempts
+        assert outcome.item == plan.item_at(outcome.index)
+        failed = outcome.exception is not None
+        _check_outcome(plan, outcome.index, None if failed else outcome.result, outcome.exception)
+        tokens: Any = outcome.token
+        made = sum(watch.made[token] for token in (tokens if isinstance(tokens, list) else [tokens]))
+        assert made == outcome.result_attempts
 
 
 def _check_end(plan: Plan, ended: Ended) -> None:
     error = ended.error
+    answers = plan.answers
     if isinstance(error, EOFError):
         assert plan.source_fails_at is not None
+    elif isinstance(error, MissingToken):
+        assert answers is not None
+        assert any(map(answers.is_missing, range(plan.items)))
+        assert not plan.return_exceptions
+    elif isinstance(error, ApiError):
+        assert error.status == 400
+        assert answers is not None
+        assert any(map(answers.is_refused, range(plan.items)))
+        assert not plan.return_exceptions
     elif isinstance(error, LookupError):
         assert plan.lasting
         assert not plan.return_exceptions
@@ -235,14 +390,27 @@ def _check_end(plan: Plan, ended: Ended) -> None:
         assert not plan.return_exceptions
     elif not ended.left:
         assert plan.source_fails_at is None or plan.source_fails_at >= plan.items
-        assert plan.return_exceptions or not (plan.lasting or (plan.miscounted and plan.batch_size))
+        assert plan.return_exceptions or not (plan.miscounted and plan.batch_size)
+        assert plan.return_exceptions or answers is not None or not plan.lasting
 
 
-def _check_outcome(plan: Plan, item: int, result: object, exception: BaseException | None) -> None:
+def _check_outcome(plan: Plan, index: int, result: object, exception: BaseException | None) -> None:
     size = plan.batch_size
+    answers = plan.answers
+    item = plan.item_at(index)
     batch = range(item, item + 1) if size is None else range(item - item % size, item - item % size + size)
     if size is not None and plan.miscounted.intersection(batch):
         assert isinstance(exception, ValueError)
+    elif answers is not None and answers.is_refused(item):
+        assert isinstance(exception, ApiError)
+        assert exception.status == 400
+    elif answers is not None and answers.is_missing(item):
+        assert isinstance(exception, MissingToken)
+    elif answers is not None and answers.many:
+        assert exception is None
+        assert isinstance(result, list)
+        assert len(result) == answers.tokens(item)
+        assert all(isinstance(one, LookupError) if item in plan.lasting else one == -item for one in result)
     elif item in plan.lasting:
         assert isinstance(exception, LookupError)
     else:
