@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from twostage._embedded_api import EmbeddedApi, result_of, token_of
+from twostage._embedded_api import EmbeddedApi, orders_of, result_of, token_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +24,17 @@ def api() -> Iterator[EmbeddedApi]:
         yield api
 
 
-def test_every_block_runs(api: EmbeddedApi, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def exports() -> Iterator[EmbeddedApi]:
+    with EmbeddedApi(token_latency=0.002, result_latency=0.002, faults={"pending": 0.5}) as api:
+        yield api
+
+
+def test_every_block_runs(api: EmbeddedApi, exports: EmbeddedApi, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "readme"}  # what a block defines the next ones use
     for block in BLOCKS:
         source = block.replace("https://api.example.com", api.url)
+        source = source.replace("https://exports.example.com", exports.url)
         lines_before = TEXT[: TEXT.index(block)].count("\n")
         exec(compile("\n" * lines_before + source, str(README), "exec"), names)  # noqa: S102 - it is ours
         said = re.findall(r"print\(.*\)  # (.*)", block)
@@ -38,9 +45,12 @@ def test_every_block_runs(api: EmbeddedApi, capsys: pytest.CaptureFixture[str]) 
             assert names["results"] == [result_of(token_of(item)) for item in range(number)]
         if "for outcome in" in block:
             assert sorted(int(line.split()[0]) for line in printed) == list(range(1000))
+    assert names["exports"] == [result_of(token_of(item)) for item in range(20)]
+    assert exports.answered[202] > 0
+    assert names["orders"] == [[result_of(order) for order in orders_of(item)] for item in range(100)]
     for client in ("session", "client"):
         names[client].close()
 
 
 def test_every_block_is_found() -> None:
-    assert len(BLOCKS) == TEXT.count("```python") == 6
+    assert len(BLOCKS) == TEXT.count("```python") == 8
