@@ -280,10 +280,19 @@ class Coordinator:
         if answered[0]:
             self._accept(line, splits, batch)
         elif batch.half_of is not None and not (splits.accepted or splits.pieces):
-            splits.hopeless = True
-            for refused, failure in splits.take_waiting():
-                self._fail(line, refused, refused.members, failure)
+            self._give_up_splitting(line, splits)
         return answered
+
+    def _give_up_splitting(self, line: Line, splits: Splits) -> None:
+        """Draws the lesson from a batch that was split to its end, with not one item accepted."""
+        if splits.tainted:  # by an outage, or by tokens that have expired: that says nothing
+            splits.tainted = False
+            for batch, error in splits.take_waiting():
+                self._refuse(line, splits, batch, error)
+            return
+        splits.hopeless = True
+        for batch, error in splits.take_waiting():
+            self._fail(line, batch, batch.members, error)
 
     def _ended(
         self, line: Line, call: Call, members: Sequence[Any], answer: object, error: BaseException | None
@@ -325,6 +334,8 @@ class Coordinator:
                 self._log_retry(line, call, error, verdict.due)
                 self._delay(line, call, members, verdict.due)
             elif isinstance(verdict, Refresh):
+                if line.splits is not None:
+                    line.splits.tainted = True
                 self._refresh(line, call, members, verdict.error)
             else:
                 failed.append((members, verdict.error))
@@ -333,6 +344,8 @@ class Coordinator:
             if len(members) > 1 and splits is not None and splits.refuses(failure):
                 self._refuse(line, splits, cast("Batch", call), failure)
             else:
+                if splits is not None and not splits.refuses(failure):
+                    splits.tainted = True
                 self._fail(line, call, members, failure)
         return answered, answers
 
@@ -419,10 +432,15 @@ class Coordinator:
             if call.attempts or cast("Batch", call).half_of is not None:
                 line.due.appendleft(call)
                 continue
-            members = cast("Batch", call).members
-            line.waiting.extendleft(reversed(members))
-            if line is self.token_line:
-                self.in_progress -= len(members)
+            members: Sequence[Any] = cast("Batch", call).members
+            if line is self.result_line:
+                line.waiting.extendleft(reversed(members))
+                continue
+            returned = [member for member in members if member.index in self.refreshed]
+            fresh = [member for member in members if member.index not in self.refreshed]
+            self.returned.extendleft(reversed(returned))
+            line.waiting.extendleft(reversed(fresh))
+            self.in_progress -= len(fresh)
 
     def _log_retry(self, line: Line, call: Call, error: Exception | None, due: float) -> None:
         level = logging.INFO if line.has_retried else logging.WARNING
@@ -457,7 +475,7 @@ class Coordinator:
         plural = "" if call.attempts == 1 else "s"
         _add_note(error, f"twostage: {line.name}, {items}, {call.attempts} attempt{plural}")
         if not self.return_exceptions:
-            self.failed_index = min(self.failed_index, outcomes[0].index)
+            self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
             self._end(error)
             return
         if line is self.result_line:

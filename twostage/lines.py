@@ -91,7 +91,7 @@ class Line:
                 if retry is None:
                     retry, first_error = verdict, error
                 again.append(member)
-            elif isinstance(verdict, Answer) and verdict.value is not value:
+            elif isinstance(verdict, Answer) and (verdict.value is not value or error is not None):
                 yield from self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)
             else:
                 yield Judged([member], verdict, error)

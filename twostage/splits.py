@@ -68,6 +68,7 @@ class Splits:
     Attributes:
         accepted: Whether the stage has had an item accepted.
         hopeless: Whether a batch was split to its end, and not one of its items was accepted.
+        tainted: Whether an item of that batch ended otherwise than by being refused.
         pieces: What is left of the one batch that is being split before any item was accepted.
         waiting: Batches that wait for what becomes of it, each with the failure it had.
     """
@@ -76,6 +77,7 @@ class Splits:
         self.refuses = refuses
         self.accepted = False
         self.hopeless = False
+        self.tainted = False
         self.pieces: set[Batch] = set()
         self.waiting: list[tuple[Batch, Exception]] = []
 
@@ -85,7 +87,10 @@ class Splits:
             return True
         if self.hopeless:
             return False
-        return None if self.pieces else True
+        if self.pieces:
+            return None
+        self.tainted = False
+        return True
 
     def take_waiting(self) -> list[tuple[Batch, Exception]]:
         """Returns the batches that wait, which do so no longer."""
