@@ -116,7 +116,7 @@ def with_lists(check: Check, *, batched: bool) -> Check:
                 continue
             try:
                 lists.append(_token_list(value))
-            except TypeError as error:
+            except Exception as error:  # an iterator may raise anything
                 if not batched:
                     raise
                 lists.append(error.with_traceback(None))

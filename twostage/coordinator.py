@@ -386,9 +386,10 @@ class Coordinator:
         """Forgets an item's tokens, as it begins again; those that run or wait for a due time end unheard."""
         tokens.dropped = True
         line = self.result_line
-        kept = deque(token for token in line.waiting if cast("ListedToken", token).tokens is not tokens)
-        self.in_progress -= len(line.waiting) - len(kept)
-        line.waiting = kept
+        waiting, due = len(line.waiting), len(line.due)
+        line.waiting = deque(one for one in line.waiting if cast("ListedToken", one).tokens is not tokens)
+        line.due = deque(one for one in line.due if getattr(one, "tokens", None) is not tokens)
+        self.in_progress -= waiting - len(line.waiting) + due - len(line.due)
         self._forget_surplus(tokens.outcome.index)
 
     # --- batches that are refused
