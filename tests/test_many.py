@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from common import Run, each_way, run
 from fakes import ExpiredError, Fake, each, notes, outcomes_of, stage
-from tenacity import Retrying, stop_after_attempt, wait_fixed
+from tenacity import Retrying, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import iter_two_stage
 from twostage.testing import ApiError, VirtualTime, sleep
@@ -462,3 +462,20 @@ def test_many_is_said_once() -> None:
 
 def test_without_many_a_list_is_one_token() -> None:
     assert run("a", three_tokens, len) == [3]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_policy_that_judges_results_sees_what_the_function_returned(batch_size: int | None) -> None:
+    late = {"b"}
+
+    def answer(item: str) -> list[str] | None:
+        if item in late:
+            late.discard(item)
+            return None  # not ready
+        return [item]
+
+    policy = Retrying(retry=retry_if_result(lambda tokens: tokens is None), stop=stop_after_attempt(3))
+    tokens = Fake(answer if batch_size is None else each(answer))
+    listed = stage(tokens, batch_size=batch_size, many=True, retry=policy)
+    assert [outcome.result for outcome in outcomes_of("ab", listed, str)] == [["a"], ["b"]]
+    assert len(tokens.calls) == (3 if batch_size is None else 2)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from twostage.calls import Batch
 
-__all__ = ["Check", "batch_check", "checked_result", "checked_token", "holds_exceptions", "with_lists"]
+__all__ = ["Check", "batch_check", "checked_result", "checked_token", "holds_exceptions", "token_list"]
 
 Check: TypeAlias = "Callable[[Any, Any], Sequence[Any]]"
 """Takes an answer and its call; returns a value for each of the call's members, or raises."""
@@ -100,32 +100,13 @@ def _kinds(values: Collection[object]) -> str:
     return " and ".join(sorted({type(value).__name__ for value in values}))
 
 
-def with_lists(check: Check, *, batched: bool) -> Check:
-    """Returns `check` for a stage whose every value is the list of an item's many tokens.
+def token_list(value: object) -> list[Any]:
+    """Returns the many tokens of an item.
 
-    Args:
-        check: Of the answer as a whole.
-        batched: Whether a value that is no such list is the failure of its slot, or of the call.
+    Raises:
+        TypeError: `value` is no collection of them.
+        Exception: It breaks when it is looked at.
     """
-
-    def checked(answer: object, call: object) -> list[Any]:
-        lists: list[Any] = []
-        for value in check(answer, call):
-            if batched and isinstance(value, BaseException):
-                lists.append(value)
-                continue
-            try:
-                lists.append(_token_list(value))
-            except Exception as error:  # an iterator may raise anything
-                if not batched:
-                    raise
-                lists.append(error.with_traceback(None))
-        return lists
-
-    return checked
-
-
-def _token_list(value: object) -> list[Any]:
     wrong = isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Sized)
     if wrong or not isinstance(value, Iterable):
         raise TypeError(

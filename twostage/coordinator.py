@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
+from twostage.answers import token_list
 from twostage.calls import Batch, ListedToken, Outcome, TokenList
 from twostage.errors import brief, without_our_frames
 from twostage.retry import Answer, Refresh, Retry
@@ -17,7 +18,7 @@ from twostage.splits import Halves, halves, too_large
 from twostage.transient import status_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from twostage.calls import Call, Member
     from twostage.completions import Event
@@ -208,11 +209,18 @@ class Coordinator:
         for outcome, token in zip(outcomes, tokens, strict=True):
             outcome.token = token
             outcome.token_attempts = attempts
-        self.result_line.waiting.extend(self._listed(outcomes) if self.many else outcomes)
+        self.result_line.waiting.extend(self._listed(batch, outcomes) if self.many else outcomes)
 
-    def _listed(self, outcomes: Iterable[AnyOutcome]) -> Iterator[ListedToken]:
+    def _listed(self, batch: Batch, outcomes: Iterable[AnyOutcome]) -> list[ListedToken]:
+        """Returns the tokens of items that have many; what is no list of them is its item's failure."""
+        calls: list[ListedToken] = []
         for outcome in outcomes:
-            tokens = cast("list[Any]", outcome.token)
+            try:
+                tokens = outcome.token = token_list(outcome.token)
+            except Exception as error:  # noqa: BLE001 - a collection of the user's may raise anything
+                outcome.token = None
+                self._fail(self.token_line, batch, [outcome], error.with_traceback(None))
+                continue
             if not tokens:
                 outcome.result = []
                 self._finish(outcome)
@@ -221,7 +229,8 @@ class Coordinator:
             self.surplus[outcome.index] = len(tokens) - 1
             self.surplus_tokens += len(tokens) - 1
             listed = TokenList(outcome, len(tokens))
-            yield from (ListedToken(listed, place, token) for place, token in enumerate(tokens))
+            calls += [ListedToken(listed, place, token) for place, token in enumerate(tokens)]
+        return [] if self.ending else calls
 
     def result_ended(self, call: Member, answer: object, error: BaseException | None) -> None:
         """Finishes an item with its result, if that has come."""

@@ -17,7 +17,7 @@ from typing import (
     overload,
 )
 
-from twostage.answers import Check, batch_check, checked_result, checked_token, with_lists
+from twostage.answers import Check, batch_check, checked_result, checked_token
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
 from twostage.errors import brief
@@ -675,8 +675,6 @@ def _line(
     batched = stage.batch_size is not None
     if batched:
         check = batch_check(stage.name, arguments)
-    if stage.many:
-        check = with_lists(check, batched=batched)
     splits = None
     if batched and stage.bisect is not False and repeats(stage.retry):
         splits = Splits(refuses_batch if stage.bisect is True else failure_test(stage.bisect, "bisect"))
