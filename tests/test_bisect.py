@@ -6,13 +6,14 @@ import json
 import math
 import random
 import ssl
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import Run, each_way, run
-from fakes import Fake, each, notes, outcomes_of, refusing, stage
+from fakes import ExpiredError, Fake, each, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import BatchLengthError, iter_two_stage
@@ -498,3 +499,36 @@ def test_nothing_is_split_where_calls_must_not_be_repeated(retry: Retrying | Non
 def test_one_attempt_is_not_none_and_allows_a_split() -> None:
     results = run(range(8), refusing({1}), str, batch_size=4, retry=1, return_exceptions=True)
     check_all_but({1}, results)
+
+
+@in_virtual_time
+def test_split_that_ends_in_an_outage_says_nothing_of_the_stage() -> None:
+    def answer(batch: list[int]) -> list[int]:
+        if len(batch) > 5:
+            raise ApiError(413)
+        if batch[0] < 10:
+            raise ApiError(503)
+        return batch
+
+    outcomes = outcomes_of(range(100), stage(Fake(answer, 1), batch_size=10, retry=2), str)
+    assert [outcome.index for outcome in outcomes if outcome.exception] == list(range(10))
+
+
+@in_virtual_time
+def test_split_that_ends_in_refreshes_says_nothing_of_the_stage() -> None:
+    given: Counter[int] = Counter()
+
+    def fetch_token(item: int) -> tuple[int, int]:
+        given[item] += 1
+        return item, given[item]
+
+    def answer(tokens: list[tuple[int, int]]) -> list[object]:
+        if len(tokens) > 1 and any(item in {0, 4} for item, _ in tokens):
+            raise ApiError(400)
+        if any(times == 1 for _, times in tokens):
+            raise ExpiredError
+        return [ApiError(404) if item in {0, 4} else item for item, _ in tokens]
+
+    results = stage(Fake(answer, 1), batch_size=4, workers=2)
+    outcomes = outcomes_of(range(8), fetch_token, results, refresh_token_on=ExpiredError)
+    assert [outcome.index for outcome in outcomes if outcome.exception] == [0, 4]
