@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from twostage.errors import BatchLengthError, MissingToken
+from twostage.errors import FUNCTIONS, BatchLengthError, MissingToken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +18,6 @@ __all__ = ["Check", "batch_check", "checked_result", "checked_token", "holds_exc
 
 Check: TypeAlias = "Callable[[Any, Any], Sequence[Any]]"
 """Takes an answer and its call; returns a value for each of the call's members, or raises."""
-
-FUNCTIONS = {"fetch_token": ("items", "token"), "fetch_result": ("tokens", "result")}
-"""What each takes, and what it returns for one of them."""
 
 
 def checked_token(answer: object, _call: object) -> Sequence[Any]:
@@ -53,7 +50,7 @@ def batch_check(function: str, arguments: Callable[[Batch], list[Any]]) -> Check
         function: How the user's function is called in messages.
         arguments: Takes a batch; returns what its members stand for, items or tokens.
     """
-    takes, one = FUNCTIONS[function]
+    takes, gives = FUNCTIONS[function]
 
     def check(answer: object, batch: Batch) -> list[Any]:
         if isinstance(answer, Mapping):
@@ -64,7 +61,7 @@ def batch_check(function: str, arguments: Callable[[Batch], list[Any]]) -> Check
             if wrong or not isinstance(answer, Collection | Sequence):
                 raise TypeError(
                     f"{function} returned {type(answer).__name__} for a batch; expected a list (or another "
-                    f"sequence) with one {one} for each {takes[:-1]}, in the {takes}' order, or a mapping"
+                    f"sequence) with one {gives} for each {takes}, in the {takes}s' order, or a mapping"
                 )
             answer = list(answer)  # what it has, not what its `__len__` says
         values: list[Any] = answer
@@ -84,13 +81,13 @@ def _by_key(answer: Mapping[Any, Any], arguments: list[Any], function: str) -> l
         except TypeError:
             raise TypeError(
                 f"{function} returned {type(answer).__name__} for a batch, but a {type(argument).__name__} "
-                f"can't be a key in it; expected a list, in the order of the {takes}"
+                f"can't be a key in it; expected a list, in the order of the {takes}s"
             ) from None
     values = [answer.get(argument, absent) for argument in arguments]
     text = f"{function} returned a {type(answer).__name__} that does not have it"
     if answer and all(value is absent for value in values):
         text = (
-            f"{function} returned a {type(answer).__name__} that has none of the {takes}: "
+            f"{function} returned a {type(answer).__name__} that has none of the {takes}s: "
             f"they are of type {_kinds(arguments)}, and its keys of type {_kinds(answer)}"
         )
     return [MissingToken(text) if value is absent else value for value in values]

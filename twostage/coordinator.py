@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 from collections import Counter, deque
 from heapq import heappop, heappush
@@ -12,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from twostage.answers import token_list
 from twostage.calls import Batch, ListedToken, Outcome, TokenList
-from twostage.errors import brief, without_our_frames
+from twostage.errors import add_note, brief, without_our_frames
 from twostage.retry import Answer, Refresh, Retry
-from twostage.splits import Halves, halves, too_large
-from twostage.transient import status_of
+from twostage.splits import halves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -31,8 +28,6 @@ __all__ = ["LEAST_IN_PROGRESS", "Coordinator", "Message"]
 AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
 Answered: TypeAlias = "tuple[Sequence[Any], Sequence[Any]]"
 """Members of a call that have an answer, and the answers."""
-
-log = logging.getLogger("twostage")
 
 LEAST_IN_PROGRESS = 256
 """The floor of the in-progress bound: with less, calls of no latency starve the pools of threads."""
@@ -286,22 +281,13 @@ class Coordinator:
             return self._ended(line, batch, batch.members, answer, error)
         splits.pieces.discard(batch)
         answered = self._ended(line, batch, batch.members, answer, error)
-        if answered[0]:
-            self._accept(line, splits, batch)
-        elif batch.half_of is not None and not (splits.accepted or splits.pieces):
-            self._give_up_splitting(line, splits)
+        size = splits.ended(batch, accepted=bool(answered[0]))
+        if size is not None:
+            self._shrink(line, size)
+        if not splits.pieces:
+            for refused, failure in splits.take_waiting():
+                self._refuse(line, splits, refused, failure)
         return answered
-
-    def _give_up_splitting(self, line: Line, splits: Splits) -> None:
-        """Draws the lesson from a batch that was split to its end, with not one item accepted."""
-        if splits.tainted:  # by an outage, or by tokens that have expired: that says nothing
-            splits.tainted = False
-            for batch, error in splits.take_waiting():
-                self._refuse(line, splits, batch, error)
-            return
-        splits.hopeless = True
-        for batch, error in splits.take_waiting():
-            self._fail(line, batch, batch.members, error)
 
     def _ended(
         self, line: Line, call: Call, members: Sequence[Any], answer: object, error: BaseException | None
@@ -340,7 +326,7 @@ class Coordinator:
                 answered += members
                 answers.append(verdict.value)
             elif isinstance(verdict, Retry):
-                self._log_retry(line, call, error, verdict.due)
+                line.log_retry(call, error, max(verdict.due - self.now, 0))
                 self._delay(line, call, members, verdict.due)
             elif isinstance(verdict, Refresh):
                 if line.splits is not None:
@@ -350,12 +336,12 @@ class Coordinator:
                 failed.append((members, verdict.error))
         for members, failure in failed:  # last, as it may be the job's end
             splits = line.splits
-            if len(members) > 1 and splits is not None and splits.refuses(failure):
+            if splits is not None and not splits.refuses(failure):
+                splits.tainted = True
+            elif splits is not None and len(members) > 1:
                 self._refuse(line, splits, cast("Batch", call), failure)
-            else:
-                if splits is not None and not splits.refuses(failure):
-                    splits.tainted = True
-                self._fail(line, call, members, failure)
+                continue
+            self._fail(line, call, members, failure)
         return answered, answers
 
     def _delay(self, line: Line, call: Call, members: Sequence[Any], due: float) -> None:
@@ -408,29 +394,9 @@ class Coordinator:
         if allowed is None:
             splits.waiting.append((batch, error))
         elif allowed:
-            self._split(line, splits, batch, error)
+            line.due += splits.split(batch, error)
         else:
             self._fail(line, batch, batch.members, error)
-
-    def _split(self, line: Line, splits: Splits, batch: Batch, error: Exception) -> None:
-        members = batch.members
-        of = Halves(-(-len(members) // 2), unanswered=2 if too_large(error) else math.inf)
-        pieces = [Batch(half, of) for half in halves(members)]
-        splits.pieces.update(pieces)
-        line.due += pieces
-
-    def _accept(self, line: Line, splits: Splits, batch: Batch) -> None:
-        """Learns from a batch that has an item accepted."""
-        of, batch.half_of = batch.half_of, None
-        if of is not None:
-            of.unanswered -= 1
-            if not of.unanswered:
-                self._shrink(line, of.size)
-        if not splits.accepted:
-            splits.accepted = True
-            splits.pieces.clear()
-            for refused, error in splits.take_waiting():
-                self._split(line, splits, refused, error)
 
     def _shrink(self, line: Line, size: int) -> None:
         """Has no call begin that is larger than `size`, not even one that was handed over."""
@@ -452,21 +418,6 @@ class Coordinator:
             line.waiting.extendleft(reversed(fresh))
             self.in_progress -= len(fresh)
 
-    def _log_retry(self, line: Line, call: Call, error: Exception | None, due: float) -> None:
-        level = logging.INFO if line.has_retried else logging.WARNING
-        line.has_retried = True
-        if log.isEnabledFor(level):
-            status = None if error is None else status_of(error)
-            log.log(
-                level,
-                "%s: attempt %d %s%s; the next one in %.2f s",
-                line.name,
-                call.attempts,
-                "was refused by the retry policy" if error is None else f"failed with {type(error).__name__}",
-                "" if status is None else f", status {status}",
-                max(due - self.now, 0),
-            )
-
     def _fail(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
         """Gives items their failure, which is the end of the job unless failures are wanted."""
         listed = self.many and line is self.result_line
@@ -483,7 +434,7 @@ class Coordinator:
             else f"{len(outcomes)} items from {brief(outcomes[0].item)}"
         )
         plural = "" if call.attempts == 1 else "s"
-        _add_note(error, f"twostage: {line.name}, {items}, {call.attempts} attempt{plural}")
+        add_note(error, f"{line.name}, {items}, {call.attempts} attempt{plural}")
         if not self.return_exceptions:
             self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
             self._end(error)
@@ -547,10 +498,11 @@ class Coordinator:
         if line.due:
             line.start_due(now)
         # Items of many tokens fill the window too: then no more are begun, though they have been read.
-        bound = 0 if self.surplus_tokens and self._window_room() < 0 else self.bound
+        window_room = self._window_room()
+        bound = 0 if self.surplus_tokens and window_room < 0 else self.bound
         if self.returned:
             self._start_returned(now, bound)
-        more_comes = not self.source_ended and (self.asked or self._window_room() >= self.batch_size)
+        more_comes = not self.source_ended and (self.asked or window_room >= self.batch_size)
         least = cast("int", line.batch_size) if more_comes else 1
         while len(line.waiting) >= least and self.in_progress < bound and (room := line.room(now)) > 0:
             batches: list[Call] = []
@@ -628,11 +580,3 @@ class Coordinator:
             # An exception's traceback leads back here, by the frames of its worker.
             self.results = self.error = None
         return message
-
-
-def _add_note(error: Exception, note: str) -> None:
-    """Adds our note, once: one exception may stand for many items, and may have been raised before."""
-    notes = getattr(error, "__notes__", ())
-    if not any(isinstance(one, str) and one.startswith("twostage: ") for one in notes):
-        with contextlib.suppress(Exception):  # frozen ones refuse, and are raised as they are
-            error.add_note(note)

@@ -1,14 +1,18 @@
 """The library's own exceptions and warnings; all other exceptions are the caller's functions'."""
 
+import contextlib
 import reprlib
 import sys
 import warnings
 from types import FrameType
 from typing import TypeVar
 
-__all__ = ["BatchLengthError", "MissingToken", "brief", "warn", "without_our_frames"]
+__all__ = ["FUNCTIONS", "BatchLengthError", "MissingToken", "add_note", "brief", "warn", "without_our_frames"]
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+FUNCTIONS = {"fetch_token": ("item", "token"), "fetch_result": ("token", "result")}
+"""What each function takes, and what it returns for one of them; for messages."""
 
 
 class BatchLengthError(ValueError):
@@ -28,10 +32,10 @@ class BatchLengthError(ValueError):
 
     def __str__(self) -> str:
         function = self.args[2]
-        takes, gives = ("items", "token") if function == "fetch_token" else ("tokens", "result")
+        takes, gives = FUNCTIONS[function]
         return (
-            f"{function} got {self.expected} {takes} and returned {self.returned} {gives}s; "
-            f"it must return one {gives} for each {takes[:-1]}, in the {takes}' order"
+            f"{function} got {self.expected} {takes}s and returned {self.returned} {gives}s; "
+            f"it must return one {gives} for each {takes}, in the {takes}s' order"
         )
 
 
@@ -49,6 +53,14 @@ def brief(item: object) -> str:
         return reprlib.repr(item)
     except Exception:  # noqa: BLE001 - the failure that is being told of must not be lost over this one
         return f"<{type(item).__name__}>"
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Adds our note, once: one exception may stand for many items, and may have been raised before."""
+    notes = getattr(error, "__notes__", ())
+    if not any(isinstance(one, str) and one.startswith("twostage: ") for one in notes):
+        with contextlib.suppress(Exception):  # frozen ones refuse, and are raised as they are
+            error.add_note(f"twostage: {note}")
 
 
 def warn(message: str) -> None:

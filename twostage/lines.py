@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twostage.answers import holds_exceptions
 from twostage.calls import Batch
 from twostage.retry import Answer, Fail, Retry, Verdict
+from twostage.transient import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from twostage.splits import Splits
 
 __all__ = ["Judged", "Line"]
+
+log = logging.getLogger("twostage")
 
 
 class Judged(NamedTuple):
@@ -118,6 +122,22 @@ class Line:
         for member, value in zip(members, values, strict=True):
             failed = self.slots and isinstance(value, Exception)
             yield Judged([member], Fail(value) if failed else Answer(value), None)
+
+    def log_retry(self, call: Call, error: Exception | None, wait: float) -> None:
+        """Says that a call is tried again: the stage's first time as a warning, later ones at level INFO."""
+        level = logging.INFO if self.has_retried else logging.WARNING
+        self.has_retried = True
+        if log.isEnabledFor(level):
+            status = None if error is None else status_of(error)
+            log.log(
+                level,
+                "%s: attempt %d %s%s; the next one in %.2f s",
+                self.name,
+                call.attempts,
+                "was refused by the retry policy" if error is None else f"failed with {type(error).__name__}",
+                "" if status is None else f", status {status}",
+                wait,
+            )
 
     def opens(self, now: float) -> float:
         """Returns when the next call may start as far as the gates are concerned."""

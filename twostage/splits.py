@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+from twostage.calls import Batch
 from twostage.transient import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from twostage.calls import Batch
-
-__all__ = ["Halves", "Splits", "halves", "refuses_batch", "too_large"]
+__all__ = ["Halves", "Splits", "halves", "refuses_batch"]
 
 BAD_REQUEST = 400
 CONTENT_TOO_LARGE = 413
@@ -26,11 +26,6 @@ def refuses_batch(error: Exception) -> bool:
         CONTENT_TOO_LARGE,
         UNPROCESSABLE_CONTENT,
     }
-
-
-def too_large(error: Exception) -> bool:
-    """Whether `error` says that the call had too much in it."""
-    return status_of(error) == CONTENT_TOO_LARGE
 
 
 def halves(members: Sequence[Any]) -> list[Sequence[Any]]:
@@ -91,6 +86,35 @@ class Splits:
             return None
         self.tainted = False
         return True
+
+    def split(self, batch: Batch, error: Exception) -> list[Batch]:
+        """Returns the two calls that a batch becomes, for the failure it had."""
+        first, second = halves(batch.members)
+        too_large = status_of(error) == CONTENT_TOO_LARGE
+        of = Halves(len(first), unanswered=2 if too_large else math.inf)
+        pieces = [Batch(first, of), Batch(second, of)]
+        self.pieces.update(pieces)
+        return pieces
+
+    def ended(self, batch: Batch, *, accepted: bool) -> int | None:
+        """Learns from what became of a batch, if it is not to be tried again or split.
+
+        Returns:
+            The size that batches are to have from now on, if they were too large for the API.
+        """
+        of = batch.half_of
+        if not accepted:
+            if of is not None and not (self.accepted or self.pieces):
+                self.hopeless = not self.tainted  # an outage, or tokens that have expired, say nothing
+            return None
+        if not self.accepted:
+            self.accepted = True
+            self.pieces.clear()
+        if of is None:
+            return None
+        batch.half_of = None
+        of.unanswered -= 1
+        return None if of.unanswered else of.size
 
     def take_waiting(self) -> list[tuple[Batch, Exception]]:
         """Returns the batches that wait, which do so no longer."""
