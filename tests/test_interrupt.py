@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 VISITS: Final = 2  # of a line: it may be reached in several states
-HALF: Final = ("twostage.run", "twostage.outcomes", "twostage.driver")
+HALF: Final = ("twostage.run", "twostage.building", "twostage.outcomes", "twostage.driver")
 
 
 class Place(NamedTuple):

@@ -399,7 +399,7 @@ def test_gate_holds_starts_back_and_hears_of_each(
     def gated_line(name: str, _limit: float, check: Any, judge: Judge, **more: Any) -> Line:  # noqa: ANN401 - passed on
         return Line(name, 3, check, judge, gates=[gate] if name == stage else [], **more)
 
-    monkeypatch.setattr("twostage.run.Line", gated_line)
+    monkeypatch.setattr("twostage.building.Line", gated_line)
     fails = {4: 2}
     tokens = Timed(virtual, 0.5, fails if stage == "stage one" else None)
     results = Timed(virtual, 0.5, fails if stage == "stage two" else None)

@@ -1,31 +1,11 @@
-"""The two functions: arguments are checked, and a job is built and driven."""
+"""The two functions, and what a type checker is to know of them: a job is built and driven."""
 
 from __future__ import annotations
 
-import math
-from operator import attrgetter
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    Literal,
-    NamedTuple,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
-from twostage.answers import Check, batch_check, checked_result, checked_token
-from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
-from twostage.driver import world
-from twostage.errors import brief
-from twostage.lines import Line
-from twostage.outcomes import Job, Outcomes
-from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
-from twostage.runners import Work
-from twostage.splits import Splits, refuses_batch
+from twostage.building import RESULT_WORKERS, TOKEN_WORKERS, ItemsOptions, build, settled
+from twostage.outcomes import Outcomes
 from twostage.stage import (
     DEFAULT_RETRY,
     ONE_ITEM_A_CALL,
@@ -35,31 +15,21 @@ from twostage.stage import (
     Failures,
     Many,
     Stage,
-    check_bool,
-    check_function,
-    failure_test,
-    positive_int,
 )
-from twostage.twins import Twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable
-    from concurrent.futures import Executor
 
-    from twostage.calls import Batch, Outcome
+    from twostage.retry import RetryPolicy
 
 __all__ = ["iter_two_stage", "run_two_stage"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
-ValueT = TypeVar("ValueT")
 
-TOKEN_WORKERS = 4
-RESULT_WORKERS = 32
 DEFAULT_TOKEN_WORKERS = Default(str(TOKEN_WORKERS))
 DEFAULT_RESULT_WORKERS = Default(str(RESULT_WORKERS))
-LEAST_WINDOW = 10_000
 
 
 class Options(TypedDict, Generic[ItemT], total=False):
@@ -270,10 +240,10 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     >>> run_two_stage(["a", "b", "c"], lambda batch: [item.upper() for item in batch], ord, batch_size=2)
     [65, 66, 67]
     """
-    stages = _stages(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    options = _ItemsOptions(key, refresh_token_on, max_refreshes, window)
+    stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
+    options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
     results: list[Any] = []
-    job = _job(items, *stages, options, return_exceptions=return_exceptions, results=results)
+    job = build(items, *stages, options, return_exceptions=return_exceptions, results=results)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
         if job.error is not None:
@@ -457,249 +427,6 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     0 a A 65
     1 b B 66
     """
-    stages = _stages(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    options = _ItemsOptions(key, refresh_token_on, max_refreshes, window)
-    return Outcomes(_job(items, *stages, options, return_exceptions=return_exceptions, ordered=ordered))
-
-
-class _ItemsOptions(NamedTuple):
-    """What is said of the items, not checked yet."""
-
-    key: Callable[[Any], Hashable] | None
-    refresh_token_on: Failures | None
-    max_refreshes: int
-    window: int | None
-
-
-class _Settings(NamedTuple):
-    """One stage with nothing left to a default."""
-
-    name: str
-    fetch: Callable[[Any], Any]
-    batch_size: int | None
-    workers: int
-    executor: Executor | None
-    retry: RetryPolicy
-    many: bool
-    bisect: bool | Failures
-    retry_missing: bool
-
-
-def _stages(
-    fetch_token: Callable[[Any], Any] | Stage[Any, Any],
-    fetch_result: Callable[[Any], Any] | Stage[Any, Any],
-    batch_size: int | Default | None,
-    token_workers: int | Default,
-    result_workers: int | Default,
-    retry: RetryPolicy | Default,
-    *,
-    many: bool | Default,
-) -> tuple[_Settings, _Settings]:
-    """Checks what is said of the stages, in them and beside them, and fills the defaults in."""
-    if not isinstance(batch_size, Default | None):
-        batch_size = positive_int(batch_size, "batch_size")
-    if not isinstance(token_workers, Default):
-        token_workers = positive_int(token_workers, "token_workers")
-    if not isinstance(result_workers, Default):
-        result_workers = positive_int(result_workers, "result_workers")
-    if not isinstance(many, Default):
-        check_bool(many, "many")
-    policy = DEFAULT_ATTEMPTS if isinstance(retry, Default) else check_policy(retry, "retry")
-    first, second = _stage(fetch_token, "fetch_token"), _stage(fetch_result, "fetch_result")
-    if second.many is True:
-        raise TypeError("fetch_result's Stage has many=True; only items have many tokens, at stage one")
-    return (
-        _settings(
-            "fetch_token",
-            first,
-            _said(
-                ("batch_size", batch_size),
-                ("batch_size of fetch_token's Stage", first.batch_size),
-                default=None,
-            ),
-            _said(
-                ("token_workers", token_workers),
-                ("workers of fetch_token's Stage", first.workers),
-                default=TOKEN_WORKERS,
-            ),
-            policy,
-            many=_said(("many", many), ("many of fetch_token's Stage", first.many), default=False),
-        ),
-        _settings(
-            "fetch_result",
-            second,
-            _said(("batch_size of fetch_result's Stage", second.batch_size), default=None),
-            _said(
-                ("result_workers", result_workers),
-                ("workers of fetch_result's Stage", second.workers),
-                default=RESULT_WORKERS,
-            ),
-            policy,
-            many=False,
-        ),
-    )
-
-
-def _stage(fetch: Callable[[Any], Any] | Stage[Any, Any], name: str) -> Stage[Any, Any]:
-    if isinstance(fetch, Stage):
-        return fetch
-    check_function(fetch, name)
-    return Stage(fetch)
-
-
-def _settings(
-    name: str,
-    stage: Stage[Any, Any],
-    batch_size: int | None,
-    workers: int,
-    policy: RetryPolicy,
-    *,
-    many: bool,
-) -> _Settings:
-    if stage.retry_missing and batch_size is None:
-        raise TypeError(
-            f"{name}'s Stage has retry_missing=True, but no batch_size: one item is never left out"
-        )
-    return _Settings(
-        name=name,
-        fetch=stage.fetch,
-        batch_size=batch_size,
-        workers=workers,
-        executor=stage.executor,
-        retry=policy if isinstance(stage.retry, Default) else stage.retry,
-        many=many,
-        bisect=stage.bisect,
-        retry_missing=stage.retry_missing,
-    )
-
-
-def _said(*said: tuple[str, ValueT | Default], default: ValueT) -> ValueT:
-    """Returns the one value that was given, or `default` if none was."""
-    given = [(name, value) for name, value in said if not isinstance(value, Default)]
-    if len(given) > 1:
-        raise TypeError(
-            " and ".join(f"{name} ({value!r})" for name, value in given) + " are both given; expected one"
-        )
-    return given[0][1] if given else default
-
-
-def _job(
-    items: Iterable[Any],
-    first: _Settings,
-    second: _Settings,
-    items_options: _ItemsOptions,
-    *,
-    return_exceptions: bool,
-    results: list[Any] | None = None,
-    ordered: bool = False,
-) -> Job:
-    """Checks what is left to check, and builds a job of which nothing runs yet."""
-    key, refresh_token_on, max_refreshes, window = items_options
-    batch_size = first.batch_size or 1
-    # The batches of one or two workers vary too much: stage two would run dry (tests/scheduling).
-    batches = max(TOKEN_WORKERS, first.workers)
-    bound = max(LEAST_IN_PROGRESS, 2 * (batches * batch_size + second.workers * (second.batch_size or 1)))
-    window = max(LEAST_WINDOW, 10 * bound) if window is None else positive_int(window, "window")
-    if window < batch_size:
-        raise ValueError(
-            f"window is {window}; expected at least the batch_size of {batch_size}: whole batches are read"
-        )
-    refreshes = None if refresh_token_on is None else failure_test(refresh_token_on, "refresh_token_on")
-    max_refreshes = positive_int(max_refreshes, "max_refreshes")
-    if key is not None:
-        check_function(key, "key")
-    try:
-        source = iter(items)
-    except TypeError as error:
-        raise TypeError(f"items is {brief(items)}; expected something to iterate over") from error
-    if not (repeats(first.retry) and repeats(second.retry)):
-        refreshes = None  # either stage's calls must not be made twice for an item
-    # Where calls are made of what waits when a worker is free, none is handed over before.
-    token_line = _line(first, checked_token, _items, ahead=refreshes is None)
-    result_line = _line(
-        second,
-        checked_result,
-        _tokens,
-        ahead=second.batch_size is None and not (first.many and refreshes),
-        refreshes=refreshes,
-    )
-    coordinator = Coordinator(
-        token_line,
-        result_line,
-        batch_size=batch_size,
-        bound=bound,
-        window=window,
-        return_exceptions=return_exceptions,
-        results=results,
-        ordered=ordered,
-        tokens_first=first.executor is not None and first.executor is second.executor,
-        many=first.many,
-        twins=None if key is None else Twins(),
-        max_refreshes=max_refreshes,
-    )
-    driver = world.get()()
-    token_line.runner = driver.runner(
-        Work(
-            "stage one",
-            first.fetch,
-            _item if first.batch_size is None else _items,
-            coordinator.batch_ended,
-            first.workers,
-            first.executor,
-        )
-    )
-    in_batches = second.batch_size is not None
-    result_line.runner = driver.runner(
-        Work(
-            "stage two",
-            second.fetch,
-            _tokens if in_batches else _token,
-            coordinator.results_ended if in_batches else coordinator.result_ended,
-            second.workers,
-            second.executor,
-        )
-    )
-    # An iterator was given to be used up here; a list, or what else makes iterators, was not.
-    close_source = getattr(items, "close", None) if source is items else None
-    return Job(source, close_source, coordinator, driver, key)
-
-
-def _line(
-    stage: _Settings,
-    check: Check,
-    arguments: Callable[[Batch], list[Any]],
-    *,
-    ahead: bool,
-    refreshes: Callable[[Exception], bool] | None = None,
-) -> Line:
-    batched = stage.batch_size is not None
-    if batched:
-        check = batch_check(stage.name, arguments)
-    splits = None
-    if batched and stage.bisect is not False and repeats(stage.retry):
-        splits = Splits(refuses_batch if stage.bisect is True else failure_test(stage.bisect, "bisect"))
-    one = stage.name == "fetch_token"
-    return Line(
-        "stage one" if one else "stage two",
-        math.inf if ahead and stage.executor is None else stage.workers,
-        check,
-        Judge(stage.retry, retry_missing=stage.retry_missing, refresh_on=refreshes),
-        slots=batched,
-        batch_size=1 if one and not batched else stage.batch_size,
-        splits=splits,
-    )
-
-
-_token = attrgetter("token")
-
-
-def _tokens(batch: Batch) -> list[Any]:
-    return [member.token for member in batch.members]  # each attempt's own list, which it may change
-
-
-def _item(batch: Batch) -> Any:  # noqa: ANN401 - whatever the user's items are
-    return cast("Outcome[Any, Any, Any]", batch.members[0]).item
-
-
-def _items(batch: Batch) -> list[Any]:
-    return [cast("Outcome[Any, Any, Any]", member).item for member in batch.members]  # as above
+    stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
+    options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
+    return Outcomes(build(items, *stages, options, return_exceptions=return_exceptions, ordered=ordered))
