@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from twostage.testing import VirtualTime
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -26,3 +28,9 @@ def _no_thread_is_left() -> Iterator[None]:
     for thread in left:
         thread.join(5)  # an abandoned job's end is on its way; one that hangs is what this is about
     assert not [thread for thread in left if thread.is_alive()]
+
+
+@pytest.fixture
+def virtual() -> Iterator[VirtualTime]:
+    with VirtualTime() as time:
+        yield time

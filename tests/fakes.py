@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pytest
+
 from twostage import Outcome, Stage, iter_two_stage
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+in_virtual_time = pytest.mark.usefixtures("virtual")  # for tests that do not look at the time
 
 AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
 
@@ -74,6 +78,22 @@ class Fake:
     @property
     def sizes(self) -> list[int]:
         return [made.size for made in self.calls]
+
+
+class Array:
+    """As numpy's arrays: sized and iterable, registered as nothing, and neither true nor false."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def __bool__(self) -> bool:
+        raise ValueError("The truth value of an array with more than one element is ambiguous")
 
 
 def stage(fetch: Callable[[Any], Any], **settings: Any) -> Any:  # noqa: ANN401 - of any items, for any job

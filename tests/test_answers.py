@@ -12,6 +12,7 @@ from collections import UserList, deque
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from typing import Any
 
+import fakes
 import pytest
 import tenacity
 
@@ -110,23 +111,11 @@ class Tokens(Sequence[str]):
         return self.tokens[index]
 
 
-class Array:
-    """As numpy's arrays: a collection that is registered as no sequence, and neither true nor false."""
-
-    def __init__(self, *numbers: int) -> None:
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers)
+class Array(fakes.Array):
+    """A collection as well, as numpy's are, and compared as they are."""
 
     def __contains__(self, number: object) -> bool:
         return number in self.numbers
-
-    def __bool__(self) -> bool:
-        raise ValueError("The truth value of an array with more than one element is ambiguous")
 
     def __eq__(self, other: object) -> Any:  # noqa: ANN401 - as numpy's: an array of truth values
         return Array(*(number == other for number in self.numbers))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import Run, each_way
-from fakes import Fake, each, notes, outcomes_of, stage
+from fakes import Fake, each, in_virtual_time, notes, outcomes_of, stage
 from tenacity import RetryError, Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import MissingToken, Stage, is_transient, iter_two_stage, run_two_stage
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 
-@pytest.fixture(autouse=True)
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
+pytestmark = in_virtual_time
 
 
 def waiting(seconds: float = 5, attempts: int = 3, **more: Any) -> Retrying:  # noqa: ANN401 - passed on

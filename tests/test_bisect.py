@@ -13,28 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import Run, each_way, run
-from fakes import ExpiredError, Fake, each, notes, outcomes_of, refusing, stage
+from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import BatchLengthError, iter_two_stage
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-
-@pytest.fixture
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
-
-
-@pytest.fixture
-def _virtual(virtual: VirtualTime) -> None:
-    """For tests that do not look at the time."""
-
-
-in_virtual_time = pytest.mark.usefixtures("_virtual")
+    from collections.abc import Callable
 
 
 def persistent(attempts: int = 3, wait: float = 1.0) -> Retrying:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import Run, each_way, run
-from fakes import ExpiredError, Fake, each, notes, outcomes_of, stage
+from fakes import Array, ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, stage
 from tenacity import Retrying, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import iter_two_stage
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-@pytest.fixture(autouse=True)
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
+pytestmark = in_virtual_time
 
 
 def list_orders(customer: int) -> list[str]:
@@ -77,22 +74,6 @@ def test_item_without_tokens_has_an_empty_list_and_no_call() -> None:
     assert {(outcome.token_attempts, outcome.result_attempts) for outcome in outcomes} == {(1, 0)}
     assert detail.calls == []
     assert run(range(5000), lambda _: (), detail, many=True) == [[]] * 5000
-
-
-class Array:
-    """As numpy's arrays: sized and iterable, registered as nothing, and neither true nor false."""
-
-    def __init__(self, *numbers: int) -> None:
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers)
-
-    def __bool__(self) -> bool:
-        raise ValueError("The truth value of an array with more than one element is ambiguous")
 
 
 @pytest.mark.parametrize("batched", [False, True])

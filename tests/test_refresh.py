@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import ALWAYS, Run, each_way, run
-from fakes import ExpiredError, Fake, each, notes, outcomes_of, stage
+from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, stage
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import iter_two_stage
@@ -18,20 +18,6 @@ from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-
-@pytest.fixture
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
-
-
-@pytest.fixture
-def _virtual(virtual: VirtualTime) -> None:
-    """For tests that do not look at the time."""
-
-
-in_virtual_time = pytest.mark.usefixtures("_virtual")
 
 
 class OutdatedError(ExpiredError):

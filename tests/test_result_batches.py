@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import Run, each_way
-from fakes import Fake, each, notes, outcomes_of, refusing, stage
+from fakes import Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import BatchLengthError, MissingToken, is_transient, iter_two_stage, run_two_stage
@@ -16,12 +16,6 @@ from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@pytest.fixture
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
 
 
 def upper(tokens: list[str]) -> list[str]:
@@ -60,7 +54,7 @@ def test_no_more_of_them_run_at_once_than_workers(virtual: VirtualTime) -> None:
     assert [made.began for made in results.calls] == [at // 2 for at in range(20)]
 
 
-@pytest.mark.usefixtures("virtual")
+@in_virtual_time
 def test_wrong_number_of_results_names_the_function() -> None:
     for outcome in outcomes_of("ab", stage(list, batch_size=2), stage(lambda _: ["a"], batch_size=9)):
         assert isinstance(outcome.exception, BatchLengthError)
@@ -70,7 +64,7 @@ def test_wrong_number_of_results_names_the_function() -> None:
         )
 
 
-@pytest.mark.usefixtures("virtual")
+@in_virtual_time
 def test_results_by_token_slots_and_what_is_left_out() -> None:
     def fetch_results(tokens: list[str]) -> dict[str, object]:
         return {one: ApiError(404) if one == "b" else one.upper() for one in tokens if one != "c"}
@@ -99,7 +93,7 @@ def test_failed_batch_goes_again_as_it_was(virtual: VirtualTime) -> None:
     assert [outcome.result_attempts for outcome in outcomes] == [2, 2, 2, 1, 1, 1]
 
 
-@pytest.mark.usefixtures("virtual")
+@in_virtual_time
 def test_refused_batch_of_tokens_is_split() -> None:
     results = Fake(refusing({5}), 1)
     outcomes = outcomes_of(range(16), stage(list, batch_size=16), stage(results, batch_size=16))
@@ -107,7 +101,7 @@ def test_refused_batch_of_tokens_is_split() -> None:
     assert len(results.calls) == 1 + 2 * 4
 
 
-@pytest.mark.usefixtures("virtual")
+@in_virtual_time
 def test_bound_counts_batches_of_results() -> None:
     read = 0
 

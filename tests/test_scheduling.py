@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from contract import Plan, check
+from fakes import each
 from hypothesis import given
 from hypothesis import strategies as st
 from tenacity import Retrying, stop_after_attempt, wait_fixed
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
 
     from twostage.calls import Call
     from twostage.retry import Judge
-
-
-@pytest.fixture
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
-
-
-def each(answer: Callable[[Any], Any]) -> Callable[[list[Any]], list[Any]]:
-    return lambda arguments: [answer(argument) for argument in arguments]
 
 
 def retry_after(seconds: float) -> Retrying:

@@ -12,28 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import Run, each_way, run
-from fakes import ExpiredError, Fake, each, notes, outcomes_of, refusing, stage
+from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, stop_after_attempt, wait_none
 
 from twostage import iter_two_stage
-from twostage.testing import ApiError, VirtualTime, sleep
+from twostage.testing import ApiError, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-
-@pytest.fixture
-def virtual() -> Iterator[VirtualTime]:
-    with VirtualTime() as time:
-        yield time
-
-
-@pytest.fixture
-def _virtual(virtual: VirtualTime) -> None:
-    """For tests that do not look at the time."""
-
-
-in_virtual_time = pytest.mark.usefixtures("_virtual")
 
 
 def same(item: Any) -> Any:  # noqa: ANN401 - whatever the items are
