@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
@@ -13,7 +15,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 from twostage import iter_two_stage, run_two_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 Run: TypeAlias = "Callable[..., list[Any]]"
 
@@ -61,3 +63,25 @@ def until(condition: Callable[[], object], what: object = "it") -> None:
 
 def frames(error: BaseException) -> list[str]:
     return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Has Python's collector do nothing: what is dropped here is gone only if it was in no cycle."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def source_of(items: Iterable[Any], closed: list[str], error: BaseException | None = None) -> Iterator[Any]:
+    """Yields the items, then raises; when it is closed it says in which thread."""
+    try:
+        for item in items:  # noqa: UP028 - `yield from` would hand the closing on
+            yield item
+        if error is not None:
+            raise error
+    finally:
+        closed.append(threading.current_thread().name)

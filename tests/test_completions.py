@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from common import nothing_collected
 
 from twostage.completions import Completions
 
@@ -186,10 +186,6 @@ def test_nothing_is_kept_of_what_was_taken() -> None:
     completions.add(future, event(subject))
     kept: list[weakref.ref[object]] = [weakref.ref(subject), weakref.ref(future)]
     assert len(completions.take(None)) == 1
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         del subject, future
         assert [one() for one in kept] == [None, None]
-    finally:
-        gc.enable()

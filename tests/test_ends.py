@@ -5,14 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import subprocess
-import sys
 import threading
-import time
 import traceback
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -24,7 +19,9 @@ from common import (
     each_way,
     frames,
     iterate_in_order,
+    nothing_collected,
     ours,
+    source_of,
     until,
 )
 from tenacity import (
@@ -38,20 +35,9 @@ from twostage import Outcome, Stage, iter_two_stage, run_two_stage
 from twostage.coordinator import Coordinator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 WORKERS: Final = 3
-
-
-def source_of(items: Iterable[Any], closed: list[str], error: BaseException | None = None) -> Iterator[Any]:
-    """Yields the items, then raises; when it is closed it says in which thread."""
-    try:
-        for item in items:  # noqa: UP028 - `yield from` would hand the closing on
-            yield item
-        if error is not None:
-            raise error
-    finally:
-        closed.append(threading.current_thread().name)
 
 
 def taken_before(kind: type[Exception], outcomes: Iterator[Outcome[Any, Any, Any]]) -> list[Any]:
@@ -158,14 +144,10 @@ def test_close_drops_what_waits_for_its_next_attempt() -> None:
     outcomes = iter_two_stage("ab", fetch_token, fetch_result, retry=hour)
     next(outcomes)
     assert waits.wait(PATIENCE)
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         outcomes.close()
         assert not ours()
         assert [token() for token in tokens] == [None, None]
-    finally:
-        gc.enable()
 
 
 def test_after_close_there_is_nothing_and_closing_again_is_harmless() -> None:
@@ -640,12 +622,8 @@ def test_exception_is_no_reference_cycle(kind: type[BaseException], place: str, 
             return weakref.ref(error)
         raise AssertionError
 
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         assert fail()() is None
-    finally:
-        gc.enable()
 
 
 def test_closed_job_keeps_neither_items_nor_outcomes(ending: threading.Event) -> None:
@@ -667,170 +645,7 @@ def test_closed_job_keeps_neither_items_nor_outcomes(ending: threading.Event) ->
     )
     assert next(outcomes).result == 0
     calls.wait_until_busy()
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         outcomes.close()
         assert len(items) > 100
         assert [one() for one in items if one() is not None] == []
-    finally:
-        gc.enable()
-
-
-# --- threads that cannot be started
-
-
-@each_way
-@pytest.mark.parametrize("return_exceptions", [False, True])
-@pytest.mark.parametrize("queued", [False, True])
-def test_submit_that_raises_ends_the_job_and_repeats_no_call(
-    job: Run, monkeypatch: pytest.MonkeyPatch, *, queued: bool, return_exceptions: bool
-) -> None:
-    """Python's own raises when no thread can be started, and may have queued the call by then."""
-    for nth in (1, 2, 3, 5):
-        with monkeypatch.context() as patch:
-            ends_at_submit(nth, job, patch, queued=queued, return_exceptions=return_exceptions)
-
-
-def ends_at_submit(
-    nth: int, job: Run, monkeypatch: pytest.MonkeyPatch, *, queued: bool, return_exceptions: bool
-) -> None:
-    submit, counted = ThreadPoolExecutor.submit, itertools.count(1)
-    begun: list[tuple[int, int]] = []
-    done: list[tuple[int, int]] = []
-    error = RuntimeError("can't start new thread")
-
-    def fail_once(pool: ThreadPoolExecutor, *call: Any) -> object:  # noqa: ANN401 - any call
-        fails = next(counted) == nth
-        future = None if fails and not queued else submit(pool, *call)
-        if fails:
-            raise error
-        return future
-
-    def fetch(stage: int) -> Callable[[int], int]:
-        def call(number: int) -> int:
-            begun.append((stage, number))
-            time.sleep(0.001)  # the tasks that run are not enough for all of it
-            done.append((stage, number))
-            return number
-
-        return call
-
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", fail_once)
-    closed: list[str] = []
-    with pytest.raises(RuntimeError) as raised:
-        job(
-            source_of(itertools.count(), closed),
-            fetch(1),
-            fetch(2),
-            retry=ALWAYS,
-            return_exceptions=return_exceptions,
-        )
-    assert raised.value is error
-    assert len(set(begun)) == len(begun)
-    assert sorted(done) == sorted(begun)
-    assert len(closed) == 1
-    assert not ours()
-
-
-@each_way
-@pytest.mark.parametrize("nth", [1, 2, 3])
-def test_thread_that_cannot_be_started_ends_the_job(
-    nth: int, job: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first one is the coordinator's."""
-    start, counted = threading.Thread.start, itertools.count(1)
-    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.01)
-
-    def fail_once(thread: threading.Thread) -> None:
-        if thread.name.startswith("twostage") and next(counted) == nth:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", fail_once)
-    begun: list[int] = []
-    source = (number for number in itertools.count())
-
-    def fetch(number: int) -> int:
-        begun.append(number)
-        time.sleep(0.001)
-        return number
-
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        job(source, fetch, int)
-    assert len(set(begun)) == len(begun)
-    assert list(source) == []  # closed: it would go on for ever
-    assert not ours()
-
-
-# --- the interpreter's end
-
-
-SCRIPT = """
-    import atexit, itertools, sys, threading, time
-    from concurrent.futures import ThreadPoolExecutor
-    from twostage import Stage, iter_two_stage
-
-    over = threading.Event()
-    late = []
-
-    def fetch_tokens(items):
-        late.extend(items[:over.is_set()])
-        return items
-
-    def fetch_result(token):
-        if over.is_set():
-            late.append(token)
-        time.sleep(0.02)
-        return token
-
-    # Hooks run when no thread of a pool is left.
-    atexit.register(lambda: print(len(late)))
-    EXECUTOR = None
-    outcomes = iter_two_stage(
-        itertools.count(),
-        Stage(fetch_tokens, batch_size=100),
-        Stage(fetch_result, workers=4, executor=EXECUTOR),
-    )
-    for _ in range(3):
-        next(outcomes)
-    over.set()
-"""
-
-
-@pytest.mark.parametrize(
-    ("last_line", "code", "last_word"),
-    [
-        ("", 0, ""),
-        ("raise ValueError('of the script')", 1, "ValueError: of the script"),
-        ("sys.exit(3)", 3, ""),
-    ],
-    ids=["end", "exception", "exit"],
-)
-@pytest.mark.parametrize("executor", ["None", "ThreadPoolExecutor(2)"])
-def test_script_ends_though_an_iterator_is_left(
-    last_line: str, code: int, last_word: str, executor: str
-) -> None:
-    """Some 800 calls of 20 ms wait for four workers, each of which may go on for half a second."""
-    process = ran(dedent(SCRIPT).replace("EXECUTOR = None", f"EXECUTOR = {executor}") + last_line)
-    assert process.returncode == code
-    assert process.stderr.count("Traceback") == (last_word != "")
-    assert "Exception" not in process.stderr  # in a thread, or ignored
-    assert process.stderr.endswith(last_word + "\n" if last_word else "")
-    assert int(process.stdout) < 300  # 4 * 0.5 s / 20 ms, and some for a slow machine
-
-
-def test_script_ends_though_an_iterator_with_nothing_to_do_is_left() -> None:
-    """It waits for its consumer, who is gone."""
-    process = ran(dedent(SCRIPT).replace("time.sleep(0.02)", "pass"))
-    assert (process.returncode, process.stderr) == (0, "")
-
-
-def ran(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - a script of this file
-        [sys.executable, "-W", "error", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )

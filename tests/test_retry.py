@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import linecache
 import logging
 import random
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tenacity
 import tenacity.asyncio
-from common import frames
+from common import frames, nothing_collected
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -551,14 +550,10 @@ def test_failure_is_no_reference_cycle(retry: Retrying | None, *, return_excepti
         except (ApiError, RetryError) as error:
             objects.append(weakref.ref(error))
 
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         job()
         assert objects
         assert [one() for one in objects] == [None] * len(objects)
-    finally:
-        gc.enable()
 
 
 # --- policies that can't work, or hardly
