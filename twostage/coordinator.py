@@ -229,22 +229,23 @@ class Coordinator:
 
     def result_ended(self, call: Member, answer: object, error: BaseException | None) -> None:
         """Finishes an item with its result, if that has come."""
-        self._take_results(*self._ended(self.result_line, call, (call,), answer, error))
+        _, results = self._ended(self.result_line, call, (call,), answer, error)
+        if results:
+            self._take_result(call, results[0])
 
     def results_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """The same for a batch of tokens."""
         members, results = self._batch_ended(self.result_line, batch, answer, error)
-        for member in members:
-            member.attempts = batch.attempts
-        self._take_results(members, results)
-
-    def _take_results(self, members: Sequence[Any], results: Sequence[Any]) -> None:
         for member, result in zip(members, results, strict=True):
-            if self.many:
-                self._put_in_list(member, result)
-            else:
-                member.result = result
-                self._finish(member)
+            member.attempts = batch.attempts
+            self._take_result(member, result)
+
+    def _take_result(self, member: Member, result: object) -> None:
+        if isinstance(member, ListedToken):
+            self._put_in_list(member, result)
+        else:
+            member.result = result
+            self._finish(member)
 
     def _put_in_list(self, token: ListedToken, result: object) -> None:
         listed, outcome = token.tokens, token.outcome
@@ -306,7 +307,7 @@ class Coordinator:
             except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
                 error = refused.with_traceback(None)
             else:
-                if not line.has_to_judge(values):
+                if not (line.looks_at_values and line.has_to_judge(values)):
                     return members, values
                 if self.ending:
                     return (), ()
@@ -443,7 +444,8 @@ class Coordinator:
             for member in members:
                 member.attempts = call.attempts
         if listed:
-            self._take_results(members, [error] * len(members))
+            for member in members:
+                self._put_in_list(member, error)
             return
         for outcome in outcomes:
             outcome.exception = error
@@ -458,7 +460,8 @@ class Coordinator:
         self.results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
         self.taken += 1
         self.in_progress -= 1
-        self._forget_surplus(outcome.index)
+        if self.surplus:
+            self._forget_surplus(outcome.index)
 
     def _release(self, outcome: AnyOutcome) -> None:
         self.ready.append(outcome)
@@ -474,8 +477,7 @@ class Coordinator:
             self.in_progress += 1
 
     def _forget_surplus(self, index: int) -> None:
-        if self.surplus:
-            self.surplus_tokens -= self.surplus.pop(index, 0)
+        self.surplus_tokens -= self.surplus.pop(index, 0)
 
     # --- decided once for all events of a wake-up
 

@@ -75,6 +75,7 @@ class Line:
         self.waiting: deque[Member] = deque()
         self.due: deque[Call] = deque()
         self.has_retried = False
+        self.looks_at_values = slots or judge.judges_results  # a success else costs nothing
 
     def has_to_judge(self, values: Sequence[Any]) -> bool:
         """Whether a call's values may be other than answers."""
