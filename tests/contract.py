@@ -349,10 +349,10 @@ def check(plan: Plan) -> None:
             _check_outcome(plan, index, result, result if isinstance(result, Exception) else None)
         return
     if over and watch.books is not None:  # nothing is left in them but outcomes that are on their way
-        left = watch.books.in_progress - (watch.books.read - watch.books.taken)
+        left = watch.books.in_progress - (watch.books.read - watch.books.handing.taken)
         # A token that was dropped may still run when all is done, and then fail unheard.
         assert left == 0 or (left > 0 and plan.answers is not None and plan.answers.many)
-        assert watch.books.surplus_tokens == sum(watch.books.surplus.values())
+        assert watch.books.handing.surplus_tokens == sum(watch.books.handing._surplus.values())
         assert not watch.books.refreshed
     indices = [outcome.index for outcome in ended.outcomes]
     assert len(set(indices)) == len(indices), "an item gave two outcomes"

@@ -16,6 +16,7 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 from twostage.answers import batch_check, checked_result
 from twostage.calls import Batch
 from twostage.coordinator import Coordinator
+from twostage.handover import HandOver
 from twostage.lines import Line
 from twostage.retry import Judge
 from twostage.testing import ApiError
@@ -100,8 +101,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             bound=BOUND,
             window=WINDOW,
             return_exceptions=self.return_exceptions,
-            results=self.results,
-            ordered=self.ordered,
+            handing=HandOver(results=self.results, ordered=self.ordered, twins=None, many=False),
         )
         self.workers = [Workers(self, 2), Workers(self, 2)]
         for line, workers in zip(lines, self.workers, strict=True):
@@ -229,7 +229,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
     @invariant()
     def window_is_kept(self) -> None:
-        taken = self.coordinator.taken if self.listed else self.taken
+        taken = self.coordinator.handing.taken if self.listed else self.taken
         assert self.read + self.wanted * self.batch_size - taken <= WINDOW or self.source_ended or self.closed
 
     @invariant()

@@ -10,6 +10,7 @@ from twostage.answers import Check, batch_check, checked_result, checked_token
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
 from twostage.errors import brief
+from twostage.handover import HandOver
 from twostage.lines import Line
 from twostage.outcomes import Job
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
@@ -194,18 +195,18 @@ def build(
         ahead=second.batch_size is None and not (first.many and refreshes),
         refreshes=refreshes,
     )
+    twins = None if key is None else Twins()
     coordinator = Coordinator(
         token_line,
         result_line,
         batch_size=batch_size,
         bound=bound,
         window=window,
+        handing=HandOver(results=results, ordered=ordered, twins=twins, many=first.many),
         return_exceptions=return_exceptions,
-        results=results,
-        ordered=ordered,
         tokens_first=first.executor is not None and first.executor is second.executor,
         many=first.many,
-        twins=None if key is None else Twins(),
+        twins=twins,
         max_refreshes=max_refreshes,
     )
     driver = world.get()()

@@ -15,17 +15,17 @@ from twostage.retry import Answer, Refresh, Retry
 from twostage.splits import halves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
     from twostage.calls import Call, Member
     from twostage.completions import Event
+    from twostage.handover import AnyOutcome, HandOver
     from twostage.lines import Judged, Line
     from twostage.splits import Splits
     from twostage.twins import Twins
 
 __all__ = ["LEAST_IN_PROGRESS", "Coordinator", "Message"]
 
-AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
 Answered: TypeAlias = "tuple[Sequence[Any], Sequence[Any]]"
 """Members of a call that have an answer, and the answers."""
 
@@ -61,9 +61,8 @@ class Coordinator:
         batch_size: How many items are read at once.
         bound: How many items may be in progress before nothing new is begun.
         window: How many items may be read and not handed over.
+        handing: Where outcomes go.
         return_exceptions: Whether a failed item is an outcome like any other, or the end of the job.
-        results: The list to put results in, if nobody takes outcomes one by one.
-        ordered: Whether outcomes are handed over in the items' order.
         tokens_first: Whether ready tokens start before ready batches: right if both stages share one
             executor. Else stage one goes first, as it feeds the other.
         many: Whether stage one gives a list of tokens for each item.
@@ -79,9 +78,8 @@ class Coordinator:
         batch_size: int,
         bound: int,
         window: int,
+        handing: HandOver,
         return_exceptions: bool,
-        results: list[Any] | None = None,
-        ordered: bool = False,
         tokens_first: bool = False,
         many: bool = False,
         twins: Twins | None = None,
@@ -92,37 +90,31 @@ class Coordinator:
         self.batch_size = batch_size
         self.bound = bound
         self.window = window
+        self.handing = handing
         self.return_exceptions = return_exceptions
-        self.results = results
         self.tokens_first = tokens_first
         self.many = many
         self.twins = twins
         self.max_refreshes = max_refreshes
-        self._hand_over: Callable[[AnyOutcome], None] = (
-            self._place if results is not None else self._hold if ordered else self._release
-        )
 
         self.returned: deque[AnyOutcome] = deque()  # items that want a new token
         self.refreshed: Counter[int] = Counter()  # how often each has, by its index
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
         self._tie = count()  # equal due times must not compare calls
-        self.surplus: dict[int, int] = {}  # of items not taken: their tokens beyond one, by index
-        self.surplus_tokens = 0  # all of them
-        self.held: dict[int, AnyOutcome] = {}  # done, and waiting for those before them
-        self.ready: list[AnyOutcome] = []  # to be handed over with the next message
-        # Indices of those handed over and not known to be taken, if it matters which they are.
-        self.untaken: deque[int] | None = deque() if results is None and (many or twins is not None) else None
 
         self.read = 0  # items
         self.asked = 0  # batches wanted and not read yet
         self.finished = 0  # items with an outcome
-        self.taken = 0  # items whose outcome was handed over
-        self.in_progress = 0  # see DESIGN: items at stage one, tokens at stage two, outcomes not taken
-        self.next_index = 0  # of the outcome that is handed over next, if ordered
+        self.at_work = 0  # items at stage one, tokens at stage two; not those that wait for a due time
         self.source_ended = False
         self.ending = False
         self.error: BaseException | None = None
         self.failed_index: float = math.inf  # of the item whose failure ended the job
+
+    @property
+    def in_progress(self) -> int:
+        """What the bound counts: items at stage one, tokens at stage two, outcomes not taken."""
+        return self.at_work + self.handing.not_taken
 
     # --- what a driver calls
 
@@ -162,8 +154,8 @@ class Coordinator:
         first = self.read
         self.read += len(items)
         self.asked -= 1
-        if self.results is not None:
-            self.results.extend([None] * len(items))
+        if self.handing.results is not None:
+            self.handing.results.extend([None] * len(items))
         if self.ending:
             return
         outcomes: list[AnyOutcome] = [Outcome(index, item) for index, item in enumerate(items, first)]
@@ -180,14 +172,7 @@ class Coordinator:
 
     def outcomes_taken(self, number: int, _: object, _error: BaseException | None) -> None:
         """Hears that the consumer was handed so many outcomes more."""
-        self.taken += number
-        self.in_progress -= number
-        if self.untaken is not None:
-            for _ in range(number):
-                index = self.untaken.popleft()
-                self._forget_surplus(index)
-                if self.twins is not None:
-                    self.twins.forget(index)
+        self.handing.took(number)
 
     def close(self, _: object, _answer: object, _error: BaseException | None) -> None:
         """Ends the job before its time, as somebody wants no more of it."""
@@ -220,9 +205,8 @@ class Coordinator:
                 outcome.result = []
                 self._finish(outcome)
                 continue
-            self.in_progress += len(tokens) - 1
-            self.surplus[outcome.index] = len(tokens) - 1
-            self.surplus_tokens += len(tokens) - 1
+            self.at_work += len(tokens) - 1
+            self.handing.add_surplus(outcome.index, len(tokens) - 1)
             listed = TokenList(outcome, len(tokens))
             calls += [ListedToken(listed, place, token) for place, token in enumerate(tokens)]
         return [] if self.ending else calls
@@ -249,20 +233,22 @@ class Coordinator:
 
     def _put_in_list(self, token: ListedToken, result: object) -> None:
         listed, outcome = token.tokens, token.outcome
-        self.in_progress -= 1
         if listed.dropped:
+            self.at_work -= 1
             return
         outcome.attempts += token.attempts
         listed.results[token.place] = result
         listed.missing -= 1
-        if not listed.missing:
-            self.in_progress += 1
-            outcome.result = listed.results
-            self._finish(outcome)
+        if listed.missing:
+            self.at_work -= 1
+            return
+        outcome.result = listed.results
+        self._finish(outcome)
 
     def _finish(self, outcome: AnyOutcome) -> None:
         self.finished += 1
-        self._hand_over(outcome)
+        self.at_work -= 1
+        self.handing.add(outcome)
         if self.twins is not None:
             self._finish_twins(self.twins.done(outcome))
         if self.refreshed:
@@ -271,8 +257,7 @@ class Coordinator:
     def _finish_twins(self, twins: Iterable[AnyOutcome]) -> None:
         for twin in twins:
             self.finished += 1
-            self.in_progress += 1
-            self._hand_over(twin)
+            self.handing.add(twin)
 
     # --- verdicts, and what is done about them
 
@@ -350,7 +335,7 @@ class Coordinator:
             call.members = members
             if line.splits is not None and call.half_of is not None:
                 line.splits.pieces.add(call)
-        self.in_progress -= len(members)
+        self.at_work -= len(members)
         heappush(self.delayed, (due, next(self._tie), line, call))
 
     def _refresh(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
@@ -364,7 +349,7 @@ class Coordinator:
     def _send_back(self, member: Member) -> bool:
         listed = member if isinstance(member, ListedToken) else None
         if listed is not None and listed.tokens.dropped:
-            self.in_progress -= 1
+            self.at_work -= 1
             return True
         outcome = cast("AnyOutcome", member) if listed is None else listed.outcome
         if self.refreshed[outcome.index] >= self.max_refreshes:
@@ -385,8 +370,8 @@ class Coordinator:
         waiting, due = len(line.waiting), len(line.due)
         line.waiting = deque(one for one in line.waiting if cast("ListedToken", one).tokens is not tokens)
         line.due = deque(one for one in line.due if getattr(one, "tokens", None) is not tokens)
-        self.in_progress -= waiting - len(line.waiting) + due - len(line.due)
-        self._forget_surplus(tokens.outcome.index)
+        self.at_work -= waiting - len(line.waiting) + due - len(line.due)
+        self.handing.forget_surplus(tokens.outcome.index)
 
     # --- batches that are refused
 
@@ -417,14 +402,14 @@ class Coordinator:
             fresh = [member for member in members if member.index not in self.refreshed]
             self.returned.extendleft(reversed(returned))
             line.waiting.extendleft(reversed(fresh))
-            self.in_progress -= len(fresh)
+            self.at_work -= len(fresh)
 
     def _fail(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
         """Gives items their failure, which is the end of the job unless failures are wanted."""
         listed = self.many and line is self.result_line
         if listed:
             kept = [member for member in members if not member.tokens.dropped]
-            self.in_progress -= len(members) - len(kept)
+            self.at_work -= len(members) - len(kept)
             members = kept
             if not members:
                 return
@@ -453,32 +438,6 @@ class Coordinator:
                 outcome.token_attempts = call.attempts
             self._finish(outcome)
 
-    # --- three ways to hand outcomes over
-
-    def _place(self, outcome: AnyOutcome) -> None:
-        assert self.results is not None  # noqa: S101 - for the type checker
-        self.results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
-        self.taken += 1
-        self.in_progress -= 1
-        if self.surplus:
-            self._forget_surplus(outcome.index)
-
-    def _release(self, outcome: AnyOutcome) -> None:
-        self.ready.append(outcome)
-        if self.untaken is not None:
-            self.untaken.append(outcome.index)
-
-    def _hold(self, outcome: AnyOutcome) -> None:
-        self.held[outcome.index] = outcome
-        self.in_progress -= 1
-        while (following := self.held.pop(self.next_index, None)) is not None:
-            self._release(following)
-            self.next_index += 1
-            self.in_progress += 1
-
-    def _forget_surplus(self, index: int) -> None:
-        self.surplus_tokens -= self.surplus.pop(index, 0)
-
     # --- decided once for all events of a wake-up
 
     def _start(self, now: float) -> None:
@@ -487,7 +446,7 @@ class Coordinator:
             if isinstance(call, ListedToken) and call.tokens.dropped:
                 continue
             line.due.append(call)
-            self.in_progress += len(call.members) if isinstance(call, Batch) else 1
+            self.at_work += len(call.members) if isinstance(call, Batch) else 1
         if self.tokens_first:
             self._start_results(now)
             self._start_batches(now)
@@ -501,7 +460,7 @@ class Coordinator:
             line.start_due(now)
         # Items of many tokens fill the window too: then no more are begun, though they have been read.
         window_room = self._window_room()
-        bound = 0 if self.surplus_tokens and window_room < 0 else self.bound
+        bound = 0 if self.handing.surplus_tokens and window_room < 0 else self.bound
         if self.returned:
             self._start_returned(now, bound)
         more_comes = not self.source_ended and (self.asked or window_room >= self.batch_size)
@@ -511,7 +470,7 @@ class Coordinator:
             while len(line.waiting) >= least and self.in_progress < bound and len(batches) < room:
                 waited = len(line.waiting)
                 batches.append(line.take())
-                self.in_progress += waited - len(line.waiting)
+                self.at_work += waited - len(line.waiting)
             line.start(batches, now)
             if self.finished == self.result_line.runner.out == 0:
                 self.result_line.runner.expect(self.in_progress)
@@ -526,7 +485,7 @@ class Coordinator:
                 members.append(self.returned.popleft())
             while line.waiting and len(members) < size and self.in_progress < bound:
                 members.append(line.waiting.popleft())
-                self.in_progress += 1
+                self.at_work += 1
             line.start([Batch(members)], now, first=True)
 
     def _start_results(self, now: float) -> None:
@@ -539,7 +498,7 @@ class Coordinator:
     def _window_room(self) -> int:
         """How many items may be read beyond those asked for; one with many tokens counts as many."""
         asked = self.asked * self.batch_size
-        return self.window - (self.read + asked - self.taken + self.surplus_tokens)
+        return self.window - (self.read + asked - self.handing.taken + self.handing.surplus_tokens)
 
     def _wanted(self) -> int:
         """Decides how many more batches to ask for: whole ones, up to one bound read and not started."""
@@ -568,17 +527,14 @@ class Coordinator:
         if not self.ending and self.source_ended and self.finished == self.read:
             self._end(None)
         ended = self.ending and self.token_line.runner.out == 0 and self.result_line.runner.out == 0
-        if ended and self.held:
-            # The job has ended early, so those between will never come.
-            self.ready += [self.held[index] for index in sorted(self.held) if index < self.failed_index]
-            self.held.clear()
+        if ended:
+            self.handing.release_held(self.failed_index)  # those between will never come, if there are any
         wanted = self._wanted()
-        if not (self.ready or wanted or ended):
+        if not (self.handing.ready or wanted or ended):
             return None
         self.asked += wanted
-        message = Message(self.ready, wanted, ended, self.error)
-        self.ready = []  # a new list: the other thread has the old one
+        message = Message(self.handing.take_ready(), wanted, ended, self.error)
         if ended:
             # An exception's traceback leads back here, by the frames of its worker.
-            self.results = self.error = None
+            self.handing.results = self.error = None
         return message
