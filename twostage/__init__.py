@@ -5,18 +5,21 @@ other modules are the library's own business.
 """
 
 from twostage.calls import Outcome
-from twostage.errors import BatchLengthError, MissingToken
+from twostage.errors import AttemptTimeout, BatchLengthError, MissingToken, RunTimeout, TooManyFailures
 from twostage.outcomes import Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
 from twostage.transient import is_transient
 
 __all__ = [
+    "AttemptTimeout",
     "BatchLengthError",
     "MissingToken",
     "Outcome",
     "Outcomes",
+    "RunTimeout",
     "Stage",
+    "TooManyFailures",
     "is_transient",
     "iter_two_stage",
     "run_two_stage",

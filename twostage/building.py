@@ -10,13 +10,22 @@ from twostage.answers import Check, batch_check, checked_result, checked_token
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
 from twostage.errors import brief
-from twostage.handover import HandOver
+from twostage.handover import FailureLimit, HandOver
 from twostage.lines import Line
-from twostage.outcomes import Job
+from twostage.outcomes import Job, Source
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
 from twostage.splits import Splits, refuses_batch
-from twostage.stage import Default, Failures, Stage, check_bool, check_function, failure_test, positive_int
+from twostage.stage import (
+    Default,
+    Failures,
+    Stage,
+    check_bool,
+    check_function,
+    failure_test,
+    positive_int,
+    positive_seconds,
+)
 from twostage.twins import Twins
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
 
     from twostage.calls import Batch
 
-__all__ = ["RESULT_WORKERS", "TOKEN_WORKERS", "ItemsOptions", "build", "settled"]
+__all__ = ["RESULT_WORKERS", "TOKEN_WORKERS", "ItemsOptions", "RunOptions", "build", "settled"]
 
 ValueT = TypeVar("ValueT")
 
@@ -41,6 +50,16 @@ class ItemsOptions(NamedTuple):
     refresh_token_on: Failures | None
     max_refreshes: int
     window: int | None
+
+
+class RunOptions(NamedTuple):
+    """What is said of the run, not checked yet."""
+
+    return_exceptions: bool
+    timeout: float | None
+    max_failures: float | None
+    ordered: bool = False
+    linger: float | None = None
 
 
 class _Settings(NamedTuple):
@@ -160,10 +179,8 @@ def build(
     first: _Settings,
     second: _Settings,
     items_options: ItemsOptions,
-    *,
-    return_exceptions: bool,
+    run_options: RunOptions,
     results: list[Any] | None = None,
-    ordered: bool = False,
 ) -> Job:
     """Checks what is left to check, and builds a job of which nothing runs yet."""
     key, refresh_token_on, max_refreshes, window = items_options
@@ -180,6 +197,9 @@ def build(
     max_refreshes = positive_int(max_refreshes, "max_refreshes")
     if key is not None:
         check_function(key, "key")
+    timeout = math.inf if run_options.timeout is None else positive_seconds(run_options.timeout, "timeout")
+    linger = math.inf if run_options.linger is None else positive_seconds(run_options.linger, "linger")
+    failure_limit = _failure_limit(run_options, many=first.many)
     try:
         source = iter(items)
     except TypeError as error:
@@ -202,12 +222,21 @@ def build(
         batch_size=batch_size,
         bound=bound,
         window=window,
-        handing=HandOver(results=results, ordered=ordered, twins=twins, many=first.many),
-        return_exceptions=return_exceptions,
+        handing=HandOver(
+            results=results,
+            whole=failure_limit is not None,
+            ordered=run_options.ordered,
+            twins=twins,
+            many=first.many,
+        ),
+        return_exceptions=run_options.return_exceptions,
         tokens_first=first.executor is not None and first.executor is second.executor,
         many=first.many,
         twins=twins,
         max_refreshes=max_refreshes,
+        timeout=timeout,
+        too_many=None if failure_limit is None else failure_limit.passed,
+        linger=linger,
     )
     driver = world.get()()
     token_line.runner = driver.runner(
@@ -233,7 +262,25 @@ def build(
     )
     # An iterator was given to be used up here; a list, or what else makes iterators, was not.
     close_source = getattr(items, "close", None) if source is items else None
-    return Job(source, close_source, coordinator, driver, key)
+    reading = Source(source, close_source, key)
+    if run_options.linger is not None:
+        coordinator.reader = driver.reader(reading, coordinator.item_read)
+    return Job(reading, coordinator, driver)
+
+
+def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:
+    most: object = options.max_failures
+    if most is None:
+        return None
+    if not options.return_exceptions:
+        raise TypeError(
+            "max_failures is given without return_exceptions=True, so that the first failure ends the job"
+        )
+    if not isinstance(most, float):
+        return FailureLimit(positive_int(most, "max_failures"), many=many)
+    if not 0 < most < 1:
+        raise ValueError(f"max_failures is {most}; expected a number of failures, or a share between 0 and 1")
+    return FailureLimit(most, many=many)
 
 
 def _line(

@@ -9,18 +9,19 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from twostage.answers import token_list
-from twostage.calls import Batch, ListedToken, Outcome, TokenList
-from twostage.errors import add_note, brief, without_our_frames
+from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList
+from twostage.errors import RunTimeout, add_note, brief, without_our_frames
 from twostage.retry import Answer, Refresh, Retry
 from twostage.splits import halves
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
-    from twostage.calls import Call, Member
+    from twostage.calls import Member
     from twostage.completions import Event
     from twostage.handover import AnyOutcome, HandOver
     from twostage.lines import Judged, Line
+    from twostage.runners import Runner
     from twostage.splits import Splits
     from twostage.twins import Twins
 
@@ -39,12 +40,14 @@ class Message(NamedTuple):
     Attributes:
         outcomes: To be handed over, in this order.
         wanted: How many more batches the source is to be asked for.
+        leave: Whether it is to be read no more, not even what was wanted; `source_left` is to be told then.
         ended: Whether this is the last message.
         error: Why the job ended early, to be raised after the outcomes.
     """
 
     outcomes: list[AnyOutcome]
     wanted: int
+    leave: bool
     ended: bool
     error: BaseException | None
 
@@ -68,7 +71,16 @@ class Coordinator:
         many: Whether stage one gives a list of tokens for each item.
         twins: Knows which items are equal, if that is to be looked at.
         max_refreshes: How often an item may go back to stage one for a new token.
+        timeout: Seconds from the first moment on after which nothing starts any more.
+        too_many: Hears of each outcome; returns what ends the job if it is one failure too many.
+        linger: Seconds that an item waits for others to fill its batch, at most; infinite if it does so
+            until the source's end.
+
+    Attributes:
+        reader: What reads the source, item by item, if the consumer's thread does not.
     """
+
+    reader: Runner | None = None
 
     def __init__(  # noqa: PLR0913 - it is one job's settings
         self,
@@ -84,6 +96,9 @@ class Coordinator:
         many: bool = False,
         twins: Twins | None = None,
         max_refreshes: int = 1,
+        timeout: float = math.inf,
+        too_many: Callable[[AnyOutcome], Exception | None] | None = None,
+        linger: float = math.inf,
     ) -> None:
         self.token_line = token_line
         self.result_line = result_line
@@ -96,20 +111,26 @@ class Coordinator:
         self.many = many
         self.twins = twins
         self.max_refreshes = max_refreshes
-
+        self.timeout = timeout
+        self.too_many = too_many
+        self.linger = linger
         self.returned: deque[AnyOutcome] = deque()  # items that want a new token
         self.refreshed: Counter[int] = Counter()  # how often each has, by its index
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
         self._tie = count()  # equal due times must not compare calls
 
         self.read = 0  # items
-        self.asked = 0  # batches wanted and not read yet
+        self.asked = 0  # items wanted and not read yet
         self.finished = 0  # items with an outcome
         self.at_work = 0  # items at stage one, tokens at stage two; not those that wait for a due time
         self.source_ended = False
+        self.leaving = False  # the source is to be read no more
+        self.left = False  # it is not, though it may have had more
         self.ending = False
         self.error: BaseException | None = None
         self.failed_index: float = math.inf  # of the item whose failure ended the job
+        self.deadline = math.inf  # when the timeout will have passed; known from the first moment on
+        self.timed_out: RunTimeout | None = None  # what those get that were not done by then
 
     @property
     def in_progress(self) -> int:
@@ -125,6 +146,8 @@ class Coordinator:
             What the caller's thread has to know, or `None` if nothing.
         """
         self.now = now
+        if self.deadline == math.inf:
+            self.deadline = now + self.timeout
         remaining = iter(events)
         while True:
             try:
@@ -132,6 +155,8 @@ class Coordinator:
                     handler(subject, answer, error)
                 if not self.ending:
                     self._start(now)
+                    if self.reader is not None:
+                        self._read_on(self.reader)
                 break
             except BaseException as broken:  # noqa: BLE001 - a submit or a policy that raises ends the job
                 self._end(without_our_frames(broken))  # and the events that are left are still taken
@@ -145,15 +170,19 @@ class Coordinator:
         times = [time for line in lines if (time := line.opens(self.now)) > self.now]
         if self.delayed:
             times.append(self.delayed[0][0])
+        if self.linger < math.inf and self.token_line.waiting and self._leaves_at() > self.now:
+            times.append(self._leaves_at())
+        if self.now < self.deadline < math.inf:
+            times.append(self.deadline)
         return min(times, default=None)
 
     # --- events from the caller's thread
 
     def batch_read(self, items: list[Any], keys: list[Hashable] | None, _error: BaseException | None) -> None:
-        """Takes a batch that was wanted; fewer items than `batch_size` only at the source's end."""
+        """Takes items that were wanted."""
         first = self.read
         self.read += len(items)
-        self.asked -= 1
+        self.asked -= len(items)
         if self.handing.results is not None:
             self.handing.results.extend([None] * len(items))
         if self.ending:
@@ -162,13 +191,32 @@ class Coordinator:
         if self.twins is not None and keys is not None:
             outcomes, known = self.twins.sort(outcomes, keys)
             self._finish_twins(known)
+        if self.linger < math.inf:
+            for outcome in outcomes:
+                outcome.began = self.now  # of waiting, until its stage two begins
         self.token_line.waiting.extend(outcomes)
+
+    def item_read(self, _: Call, read: tuple[Any, Hashable], error: BaseException | None) -> None:
+        """Takes an item, and its key, that a thread of ours has read."""
+        if error is None:
+            self.batch_read([read[0]], [read[1]], None)
+        else:
+            self.source_end(None, None, None if isinstance(error, StopIteration) else error)
 
     def source_end(self, _: object, _answer: object, error: BaseException | None) -> None:
         """Hears that the source has no more items, or that it raised."""
         self.source_ended = True
+        self.asked = 0
+        if self.reader is not None:
+            self.reader.stop()
         if error is not None:
             self._end(error)
+
+    def source_left(self, _: object, _answer: object, _error: BaseException | None) -> None:
+        """Hears that nobody reads on, though the source is not at its end."""
+        if not self.source_ended:
+            self.source_ended = self.left = True
+            self.asked = 0
 
     def outcomes_taken(self, number: int, _: object, _error: BaseException | None) -> None:
         """Hears that the consumer was handed so many outcomes more."""
@@ -246,9 +294,8 @@ class Coordinator:
         self._finish(outcome)
 
     def _finish(self, outcome: AnyOutcome) -> None:
-        self.finished += 1
         self.at_work -= 1
-        self.handing.add(outcome)
+        self._hand_over(outcome)
         if self.twins is not None:
             self._finish_twins(self.twins.done(outcome))
         if self.refreshed:
@@ -256,8 +303,13 @@ class Coordinator:
 
     def _finish_twins(self, twins: Iterable[AnyOutcome]) -> None:
         for twin in twins:
-            self.finished += 1
-            self.handing.add(twin)
+            self._hand_over(twin)
+
+    def _hand_over(self, outcome: AnyOutcome) -> None:
+        self.finished += 1
+        self.handing.add(outcome)
+        if self.too_many is not None and (error := self.too_many(outcome)) is not None:
+            self._end(error)
 
     # --- verdicts, and what is done about them
 
@@ -312,6 +364,9 @@ class Coordinator:
                 answered += members
                 answers.append(verdict.value)
             elif isinstance(verdict, Retry):
+                if verdict.due >= self.deadline:
+                    failed.append((members, error or self._time_out()))
+                    continue
                 line.log_retry(call, error, max(verdict.due - self.now, 0))
                 self._delay(line, call, members, verdict.due)
             elif isinstance(verdict, Refresh):
@@ -373,6 +428,11 @@ class Coordinator:
         self.at_work -= waiting - len(line.waiting) + due - len(line.due)
         self.handing.forget_surplus(tokens.outcome.index)
 
+    def _kept(self, tokens: Sequence[ListedToken]) -> list[ListedToken]:
+        kept = [token for token in tokens if not token.tokens.dropped]
+        self.at_work -= len(tokens) - len(kept)
+        return kept
+
     # --- batches that are refused
 
     def _refuse(self, line: Line, splits: Splits, batch: Batch, error: Exception) -> None:
@@ -408,34 +468,27 @@ class Coordinator:
         """Gives items their failure, which is the end of the job unless failures are wanted."""
         listed = self.many and line is self.result_line
         if listed:
-            kept = [member for member in members if not member.tokens.dropped]
-            self.at_work -= len(members) - len(kept)
-            members = kept
+            members = self._kept(members)
             if not members:
                 return
         outcomes: Sequence[AnyOutcome] = [member.outcome for member in members] if listed else members
-        items = (
-            brief(outcomes[0].item)
-            if len(outcomes) == 1
-            else f"{len(outcomes)} items from {brief(outcomes[0].item)}"
-        )
-        plural = "" if call.attempts == 1 else "s"
-        add_note(error, f"{line.name}, {items}, {call.attempts} attempt{plural}")
+        if error is not self.timed_out:  # that is everybody's
+            add_note(error, _note(line, call, outcomes))
         if not self.return_exceptions:
             self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
             self._end(error)
             return
-        if line is self.result_line:
-            for member in members:
-                member.attempts = call.attempts
         if listed:
             for member in members:
+                member.attempts = call.attempts
                 self._put_in_list(member, error)
             return
         for outcome in outcomes:
             outcome.exception = error
             if line is self.token_line:
                 outcome.token_attempts = call.attempts
+            else:
+                outcome.attempts = call.attempts
             self._finish(outcome)
 
     # --- decided once for all events of a wake-up
@@ -447,7 +500,9 @@ class Coordinator:
                 continue
             line.due.append(call)
             self.at_work += len(call.members) if isinstance(call, Batch) else 1
-        if self.tokens_first:
+        if now >= self.deadline:
+            self._give_up()
+        elif self.tokens_first:
             self._start_results(now)
             self._start_batches(now)
         else:
@@ -463,8 +518,7 @@ class Coordinator:
         bound = 0 if self.handing.surplus_tokens and window_room < 0 else self.bound
         if self.returned:
             self._start_returned(now, bound)
-        more_comes = not self.source_ended and (self.asked or window_room >= self.batch_size)
-        least = cast("int", line.batch_size) if more_comes else 1
+        least = cast("int", line.batch_size) if self._fills(window_room) else 1
         while len(line.waiting) >= least and self.in_progress < bound and (room := line.room(now)) > 0:
             batches: list[Call] = []
             while len(line.waiting) >= least and self.in_progress < bound and len(batches) < room:
@@ -474,6 +528,16 @@ class Coordinator:
             line.start(batches, now)
             if self.finished == self.result_line.runner.out == 0:
                 self.result_line.runner.expect(self.in_progress)
+
+    def _fills(self, window_room: int) -> bool:
+        """Whether items that wait are to wait for more of them, until they fill a batch."""
+        if self.source_ended or not (self.asked or window_room >= self.batch_size):
+            return False
+        return not (self.linger < math.inf and self.token_line.waiting and self._leaves_at() <= self.now)
+
+    def _leaves_at(self) -> float:
+        """Returns when the first of the items that wait has lingered for others for long enough."""
+        return self.token_line.waiting[0].began + self.linger
 
     def _start_returned(self, now: float, bound: int) -> None:
         """Starts items that have come back, with others that wait, and never waits to fill a batch."""
@@ -497,16 +561,50 @@ class Coordinator:
 
     def _window_room(self) -> int:
         """How many items may be read beyond those asked for; one with many tokens counts as many."""
-        asked = self.asked * self.batch_size
-        return self.window - (self.read + asked - self.handing.taken + self.handing.surplus_tokens)
+        return self.window - (self.read + self.asked - self.handing.taken + self.handing.surplus_tokens)
 
     def _wanted(self) -> int:
         """Decides how many more batches to ask for: whole ones, up to one bound read and not started."""
-        if self.source_ended or self.ending:
+        if self.source_ended or self.ending or self.leaving:
             return 0
         size = self.batch_size
-        stock = (self.bound - len(self.token_line.waiting)) // size - self.asked
+        stock = (self.bound - len(self.token_line.waiting) - self.asked) // size
         return max(0, min(stock, self._window_room() // size))
+
+    def _read_on(self, reader: Runner) -> None:
+        wanted = self._wanted() * self.batch_size
+        self.asked += wanted
+        reader.start([Call()] * wanted)
+
+    # --- ends
+
+    def _time_out(self) -> RunTimeout:
+        """Returns what all items get that are not done when the time is over."""
+        if self.timed_out is None:
+            self.timed_out = RunTimeout(f"the run's timeout of {self.timeout:g} s has passed")
+        return self.timed_out
+
+    def _give_up(self) -> None:
+        """Lets nothing begin any more, as the time is over; what runs keeps its own end."""
+        error = self._time_out()
+        if not self.return_exceptions:
+            self._end(error)
+            return
+        for line in (self.token_line, self.result_line):
+            calls: list[Call] = [*line.runner.take_back(), *line.due, Batch(list(line.waiting))]
+            line.due.clear()
+            line.waiting.clear()
+            if line is self.token_line:
+                self.at_work += len(cast("Batch", calls[-1]).members)
+                calls.append(Batch(list(self.returned)))
+                self.returned.clear()
+            for call in calls:
+                self._fail(line, call, call.members if isinstance(call, Batch) else (call,), error)
+            for batch, refusal in line.splits.take_waiting() if line.splits is not None else ():
+                self._fail(line, batch, batch.members, refusal)
+        if self.reader is not None:
+            self.reader.stop()
+            self.source_left(None, None, None)
 
     def _end(self, error: BaseException | None) -> None:
         """Ends the job: nothing more starts, what waits is dropped; what runs is still heard of."""
@@ -514,6 +612,8 @@ class Coordinator:
             return
         self.ending = True
         self.error = error
+        if self.reader is not None:
+            self.reader.stop()
         for line in (self.token_line, self.result_line):
             line.runner.stop()
             line.waiting.clear()
@@ -525,16 +625,25 @@ class Coordinator:
 
     def _message(self) -> Message | None:
         if not self.ending and self.source_ended and self.finished == self.read:
-            self._end(None)
+            self._end(self.timed_out if self.left else None)
         ended = self.ending and self.token_line.runner.out == 0 and self.result_line.runner.out == 0
         if ended:
             self.handing.release_held(self.failed_index)  # those between will never come, if there are any
-        wanted = self._wanted()
-        if not (self.handing.ready or wanted or ended):
+        leave = self.now >= self.deadline and self.handing.results is None and not self.leaving
+        self.leaving = self.leaving or leave
+        wanted = 0 if self.reader is not None else self._wanted()
+        if not (self.handing.ready or wanted or leave or ended):
             return None
-        self.asked += wanted
-        message = Message(self.handing.take_ready(), wanted, ended, self.error)
+        self.asked += wanted * self.batch_size
+        message = Message(self.handing.take_ready(), wanted, leave, ended, self.error)
         if ended:
             # An exception's traceback leads back here, by the frames of its worker.
-            self.handing.results = self.error = None
+            self.handing.results = self.error = self.timed_out = None
         return message
+
+
+def _note(line: Line, call: Call, outcomes: Sequence[AnyOutcome]) -> str:
+    """Returns what an exception is to say of the call that ended with it."""
+    first, plural = brief(outcomes[0].item), "" if call.attempts == 1 else "s"
+    items = first if len(outcomes) == 1 else f"{len(outcomes)} items from {first}"
+    return f"{line.name}, {items}, {call.attempts} attempt{plural}"

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from twostage.completions import Completions
 from twostage.coordinator import Message
-from twostage.runners import ExecutorRunner, PoolRunner
+from twostage.runners import ExecutorRunner, PoolRunner, SourceRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twostage.completions import Event
+    from twostage.completions import Event, Handler
     from twostage.coordinator import Coordinator
+    from twostage.outcomes import Source
     from twostage.runners import Runner, Work
 
 __all__ = ["Driver", "ThreadDriver", "world"]
@@ -33,6 +34,9 @@ class Driver(Protocol):
 
     def runner(self, work: Work) -> Runner:
         """Returns a runner whose events reach the coordinator."""
+
+    def reader(self, source: Source, ended: Handler) -> Runner:
+        """Returns a runner whose calls each read an item, and which closes the source when joined."""
 
     def send(self, event: Event) -> None:
         """Tells the coordinator. Never waits, and may be called from a finaliser."""
@@ -58,6 +62,9 @@ class ThreadDriver:
             return PoolRunner(work, self._completions, time.monotonic)
         return ExecutorRunner(work, work.executor, self._completions, time.monotonic)
 
+    def reader(self, source: Source, ended: Handler) -> Runner:
+        return SourceRunner(source, ended, self._completions)
+
     def start(self, coordinator: Coordinator) -> None:
         # A daemon, or a script that has left its iterator somewhere would never end.
         self._thread = threading.Thread(
@@ -78,7 +85,9 @@ class ThreadDriver:
             except Empty:
                 pass
             if not alive:  # it could not be started, or Ctrl-C came just before
-                return Message([], 0, ended=True, error=RuntimeError("the coordinator's thread is gone"))
+                return Message(
+                    [], 0, leave=False, ended=True, error=RuntimeError("the coordinator's thread is gone")
+                )
 
     def join(self) -> None:
         while self._thread is not None and self._thread.is_alive():

@@ -1,13 +1,31 @@
 """The library's own exceptions and warnings; all other exceptions are the caller's functions'."""
 
+from __future__ import annotations
+
 import contextlib
 import reprlib
 import sys
 import warnings
-from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["FUNCTIONS", "BatchLengthError", "MissingToken", "add_note", "brief", "warn", "without_our_frames"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+    from twostage.calls import Outcome
+
+__all__ = [
+    "FUNCTIONS",
+    "AttemptTimeout",
+    "BatchLengthError",
+    "MissingToken",
+    "RunTimeout",
+    "TooManyFailures",
+    "add_note",
+    "brief",
+    "warn",
+    "without_our_frames",
+]
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -45,6 +63,25 @@ class MissingToken(LookupError):  # noqa: N818 - the name says it
     The item fails alone, and is not asked for again unless `retry_missing` is on: many APIs leave out
     what does not exist.
     """
+
+
+class RunTimeout(TimeoutError):  # noqa: N818 - a timeout, as its base
+    """The run's `timeout` had passed before an item was done, or before the source was at its end."""
+
+
+class AttemptTimeout(TimeoutError):  # noqa: N818 - as above
+    """An attempt took longer than its stage's `attempt_timeout`, and was given up."""
+
+
+class TooManyFailures(RuntimeError):  # noqa: N818 - the name says it
+    """More items failed than `max_failures` allows. Its `__cause__` is the last one's failure.
+
+    Attributes:
+        outcomes: From `run_two_stage`: those of the items that were done, in the items' order. (A stream
+            has handed them over.)
+    """
+
+    outcomes: Sequence[Outcome[Any, Any, Any]] = ()
 
 
 def brief(item: object) -> str:

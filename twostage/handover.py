@@ -6,15 +6,20 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from twostage.calls import Outcome
+from twostage.errors import TooManyFailures, brief
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twostage.twins import Twins
 
-__all__ = ["AnyOutcome", "HandOver"]
+__all__ = ["AnyOutcome", "FailureLimit", "HandOver", "value_of"]
 
 AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
+
+RECENT = 100
+LEAST_RECENT = 20
+"""A share of failures is that among the last outcomes: of so many at most, and not before so many."""
 
 
 class HandOver:
@@ -22,6 +27,7 @@ class HandOver:
 
     Args:
         results: The list to put results in, if nobody takes outcomes one by one.
+        whole: Whether the list takes the outcomes themselves.
         ordered: Whether outcomes are handed over in the items' order.
         twins: Is told which outcomes were taken.
         many: Whether an item can have many tokens, of which a surplus is kept.
@@ -35,13 +41,20 @@ class HandOver:
     """
 
     def __init__(
-        self, *, results: list[Any] | None = None, ordered: bool, twins: Twins | None, many: bool
+        self,
+        *,
+        results: list[Any] | None = None,
+        whole: bool = False,
+        ordered: bool,
+        twins: Twins | None,
+        many: bool,
     ) -> None:
         self.results = results
         self.ready: list[AnyOutcome] = []
         self.not_taken = 0
         self.taken = 0
         self.surplus_tokens = 0
+        self._value: Callable[[AnyOutcome], Any] = _itself if whole else value_of
         self.add: Callable[[AnyOutcome], None] = (
             self._place if results is not None else self._hold if ordered else self._release
         )
@@ -56,7 +69,7 @@ class HandOver:
 
     def _place(self, outcome: AnyOutcome) -> None:
         assert self.results is not None  # noqa: S101 - for the type checker
-        self.results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
+        self.results[outcome.index] = self._value(outcome)
         self.taken += 1
         if self._surplus:
             self.forget_surplus(outcome.index)
@@ -104,3 +117,53 @@ class HandOver:
     def forget_surplus(self, index: int) -> None:
         """Hears that an item's tokens count no more."""
         self.surplus_tokens -= self._surplus.pop(index, 0)
+
+
+def value_of(outcome: AnyOutcome) -> Any:  # noqa: ANN401 - whatever the user's results are
+    """Returns what stands for an outcome in a list of results."""
+    return outcome.result if outcome.exception is None else outcome.exception
+
+
+def _itself(outcome: AnyOutcome) -> AnyOutcome:
+    return outcome
+
+
+class FailureLimit:
+    """Says when a job has had too many failures; an item with a failed token is one.
+
+    Args:
+        most: How many failures are not too many; below 1 a share of the last `RECENT` outcomes.
+        many: Whether items have lists of results, failures among them.
+    """
+
+    def __init__(self, most: float, *, many: bool) -> None:
+        self._most = most
+        self._many = many
+        self._failures = 0
+        self._recent: deque[bool] | None = deque(maxlen=RECENT) if most < 1 else None
+
+    def passed(self, outcome: AnyOutcome) -> TooManyFailures | None:
+        """Hears of an outcome; returns what ends the job if it is one failure too many."""
+        failure = self._failure(outcome)
+        self._failures += failure is not None
+        most, of_these = self._most, ""
+        if self._recent is not None:
+            if len(self._recent) == RECENT:
+                self._failures -= self._recent[0]
+            self._recent.append(failure is not None)
+            looked_at = len(self._recent)
+            most = most * looked_at if looked_at >= LEAST_RECENT else looked_at
+            of_these = f" of the last {looked_at}"
+        if failure is None or self._failures <= most:
+            return None
+        error = TooManyFailures(
+            f"{self._failures} items failed{of_these}, more than max_failures={self._most:g} allows; "
+            f"the last one is {brief(outcome.item)}"
+        )
+        error.__cause__ = failure
+        return error
+
+    def _failure(self, outcome: AnyOutcome) -> Exception | None:
+        if outcome.exception is not None or not self._many:
+            return outcome.exception
+        return next((one for one in outcome.result if isinstance(one, Exception)), None)

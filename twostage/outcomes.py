@@ -23,6 +23,56 @@ TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
 
 
+class Source:
+    """Where items come from.
+
+    Args:
+        items: The items.
+        close: Closes them; `None` if they were not given to be used up.
+        key: Gives an item's identity; `None` if each is itself.
+    """
+
+    def __init__(
+        self,
+        items: Iterator[Any],
+        close: Callable[[], object] | None,
+        key: Callable[[Any], Hashable] | None,
+    ) -> None:
+        self._items = items
+        self._close = close
+        self._key = key
+
+    def read(self, size: int) -> tuple[list[Any], list[Hashable] | None]:
+        """Returns the next items, as many as there are up to `size`, and their keys."""
+        items = list(islice(self._items, size))
+        return items, None if self._key is None else [self._key_of(item) for item in items]
+
+    def read_one(self, _: object = None) -> tuple[Any, Hashable]:
+        """Returns the next item, and its key.
+
+        Raises:
+            StopIteration: There is none.
+        """
+        item = next(self._items)
+        return item, None if self._key is None else self._key_of(item)
+
+    def _key_of(self, item: object) -> Hashable:
+        assert self._key is not None  # noqa: S101 - for the type checker
+        key = self._key(item)
+        try:
+            hash(key)
+        except TypeError:
+            raise TypeError(
+                f"key returned {type(key).__name__} for item {brief(item)}; expected something hashable"
+            ) from None
+        return key
+
+    def close(self) -> None:
+        """Closes the items, if they were given to be used up and can be closed."""
+        if self._close is not None:
+            self._close()
+
+
 class Job:
     """The half of a job that lives in the caller's thread.
 
@@ -35,17 +85,15 @@ class Job:
 
     def __init__(
         self,
-        source: Iterator[Any],
-        close_source: Callable[[], object] | None,
+        source: Source,
         coordinator: Coordinator,
         driver: Driver,
-        key: Callable[[Any], Hashable] | None,
     ) -> None:
         self._source = source
-        self._close_source = close_source
+        # A thread of ours that reads the source closes it as well.
+        self._close_source = source.close if coordinator.reader is None else coordinator.reader.join
         self._coordinator = coordinator
         self._driver = driver
-        self._key = key
         self._hand: deque[Outcome[Any, Any, Any]] = deque()
         self._wanted = 0
         self._since_read = 0
@@ -82,18 +130,18 @@ class Job:
         message = self._driver.receive(block=block)
         if message is not None:
             self._hand.extend(message.outcomes)
-            self._wanted = 0 if message.ended else self._wanted + message.wanted
+            self._wanted = 0 if message.ended or message.leave else self._wanted + message.wanted
+            if message.leave:
+                self._driver.send((self._coordinator.source_left, None, None, None))
             self._ended = self._ended or message.ended
             self.error = message.error
 
     def _read(self) -> None:
         size = self._coordinator.batch_size
-        items, keys, failure = [], None, None
+        items: list[Any] = []
+        keys = failure = None
         try:
-            read = list(islice(self._source, size))
-            if self._key is not None:
-                keys = [self._key_of(item) for item in read]
-            items = read
+            items, keys = self._source.read(size)
         except Exception as error:  # noqa: BLE001 - the source's failure ends the job, after the outcomes that are done
             failure = without_our_frames(error)
         self._wanted -= 1
@@ -104,17 +152,6 @@ class Job:
             self._wanted = 0
             self._driver.send((self._coordinator.source_end, None, None, failure))
         del failure  # its traceback may lead back to this frame
-
-    def _key_of(self, item: object) -> Hashable:
-        assert self._key is not None  # noqa: S101 - for the type checker
-        key = self._key(item)
-        try:
-            hash(key)
-        except TypeError:
-            raise TypeError(
-                f"key returned {type(key).__name__} for item {brief(item)}; expected something hashable"
-            ) from None
-        return key
 
     def close(self) -> None:
         """Ends the job, waits for the calls that run, and closes the source. Harmless if it has ended."""
@@ -130,8 +167,7 @@ class Job:
             self._wanted = 0
             self._hand.clear()
             self.error = None
-            if self._close_source is not None:
-                self._close_source()
+            self._close_source()
 
     def abandon(self) -> None:
         """Ends the job without waiting for anything: all that a finaliser may do."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
-from twostage.building import RESULT_WORKERS, TOKEN_WORKERS, ItemsOptions, build, settled
+from twostage.building import RESULT_WORKERS, TOKEN_WORKERS, ItemsOptions, RunOptions, build, settled
+from twostage.errors import TooManyFailures
+from twostage.handover import value_of
 from twostage.outcomes import Outcomes
 from twostage.stage import (
     DEFAULT_RETRY,
@@ -42,6 +44,8 @@ class Options(TypedDict, Generic[ItemT], total=False):
     refresh_token_on: Failures | None
     max_refreshes: int
     window: int | None
+    timeout: float | None
+    max_failures: float | None
 
 
 @overload
@@ -191,6 +195,8 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     max_refreshes: int = 1,
     return_exceptions: bool = False,
     window: int | None = None,
+    timeout: float | None = None,
+    max_failures: float | None = None,
 ) -> list[Any]:
     """Makes two calls for each item, many at once, and returns the results in the items' order.
 
@@ -223,6 +229,11 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
             list. Off, it is raised.
         window: How many items may be read and not finished, at most. Default: the larger of
             10,000 and ten times the calls' own need, which is enough for retries and stragglers.
+        timeout: Seconds for the whole run, from its start. Past it nothing new starts; calls that run are
+            awaited and count. Default: no limit.
+        max_failures: How many items may fail before the job ends with `TooManyFailures`: a number, or as a
+            `float` below 1 a share of the last 100 outcomes, once there are 20. It needs
+            `return_exceptions`. Default: any number.
 
     Returns:
         A result for each item, in the items' order.
@@ -234,6 +245,9 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
         Exception: What a function or the source raised, with a note of stage, item and attempts.
         BatchLengthError: A batch call returned more or fewer tokens than it got items.
         MissingToken: It returned a mapping that an item is not in.
+        RunTimeout: The `timeout` has passed. (With `return_exceptions` it stands in the place of each item
+            that was not done, those that the source still had among them.)
+        TooManyFailures: More items failed than `max_failures` allows; its `outcomes` are those that are done.
 
     >>> run_two_stage([1, 2, 3], str, len)
     [1, 1, 1]
@@ -243,14 +257,17 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
     results: list[Any] = []
-    job = build(items, *stages, options, return_exceptions=return_exceptions, results=results)
+    run_options = RunOptions(return_exceptions, timeout, max_failures)
+    job = build(items, *stages, options, run_options, results)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
+        if isinstance(job.error, TooManyFailures):
+            job.error.outcomes = [outcome for outcome in results if outcome is not None]
         if job.error is not None:
             raise job.error
     finally:
         job.close()
-    return results
+    return results if max_failures is None else list(map(value_of, results))
 
 
 @overload
@@ -263,6 +280,7 @@ def iter_two_stage(
     many: Default = ...,
     return_exceptions: Literal[False] = ...,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
@@ -275,6 +293,7 @@ def iter_two_stage(
     many: Default = ...,
     return_exceptions: bool,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
@@ -287,6 +306,7 @@ def iter_two_stage(
     many: Literal[False] | Default = ...,
     return_exceptions: bool = ...,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
@@ -299,6 +319,7 @@ def iter_two_stage(
     many: Literal[False] | Default = ...,
     return_exceptions: bool = ...,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
@@ -311,6 +332,7 @@ def iter_two_stage(
     many: Literal[False] | Default = ...,
     return_exceptions: bool = ...,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
@@ -323,6 +345,7 @@ def iter_two_stage(
     many: Literal[True],
     return_exceptions: Literal[False] = ...,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
@@ -335,6 +358,7 @@ def iter_two_stage(
     many: Literal[True],
     return_exceptions: Literal[False] = ...,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
@@ -347,6 +371,7 @@ def iter_two_stage(
     many: Literal[True],
     return_exceptions: bool,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
@@ -359,6 +384,7 @@ def iter_two_stage(
     many: Literal[True],
     return_exceptions: bool,
     ordered: bool = ...,
+    linger: float | None = ...,
     **options: Unpack[Options[ItemT]],
 ) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 def iter_two_stage(  # noqa: PLR0913 - a job's settings
@@ -376,7 +402,10 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     max_refreshes: int = 1,
     return_exceptions: bool = False,
     window: int | None = None,
+    timeout: float | None = None,
+    max_failures: float | None = None,
     ordered: bool = False,
+    linger: float | None = None,
 ) -> Outcomes[Any, Any, Any]:
     """Makes two calls for each item, many at once, and hands the outcomes over as they complete.
 
@@ -409,9 +438,18 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
             Off, the first failure is raised from `next`, after the outcomes that were done before it.
         window: How many items may be read and not handed over, at most. Default: the larger of
             10,000 and ten times the calls' own need, which is enough for retries and stragglers.
+        timeout: Seconds for the whole run, from the first `next`. Past it nothing new starts; calls that
+            run are awaited and count. Default: no limit.
+        max_failures: How many items may fail before the job ends with `TooManyFailures`: a number, or as a
+            `float` below 1 a share of the last 100 outcomes, once there are 20. It needs
+            `return_exceptions`. Default: any number.
         ordered: Whether outcomes come in the items' order. Those that are done then wait for the ones
             before them: a straggler holds back up to `window` items, and with a small window the calls.
             If the job ends early, what is done before the failed item is handed over, with gaps.
+        linger: For a source that is slower than the API, such as a queue: seconds after which a batch
+            leaves though it is not full. The source is then read in a thread of its own, so that outcomes
+            come as soon as they are done; closing does not wait for a source that blocks. Default: batches
+            are full, and the source is read in the consumer's thread.
 
     Returns:
         An iterator of `Outcome`, and a context manager.
@@ -429,4 +467,5 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
-    return Outcomes(build(items, *stages, options, return_exceptions=return_exceptions, ordered=ordered))
+    run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
+    return Outcomes(build(items, *stages, options, run_options))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
 
     from twostage.calls import Call
     from twostage.completions import Completions, Handler
+    from twostage.outcomes import Source
 
-__all__ = ["ExecutorRunner", "PoolRunner", "Runner", "Work"]
+__all__ = ["ExecutorRunner", "PoolRunner", "Runner", "SourceRunner", "Work"]
 
 Clock: TypeAlias = Callable[[], float]
 
@@ -26,6 +29,9 @@ Clock: TypeAlias = Callable[[], float]
 # submitted anew, and that is refused.
 LINGER = 0.05
 TASK_TIME = 0.45
+
+LONGEST_READ = 0.1
+"""How long the end of a job waits for a thread that reads its source: that may block for ever."""
 
 
 class Work(NamedTuple):
@@ -236,3 +242,62 @@ class PoolRunner:
 
     def join(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class SourceRunner:
+    """Reads a source item by item, in a daemon thread of its own, which closes it as well."""
+
+    def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
+        self.out = 0
+        self._source = source
+        self._ended = ended
+        self._completions = completions
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+        self._queue: SimpleQueue[Call | None] = SimpleQueue()
+
+    def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
+        del first  # one is like the other
+        self.out += len(calls)
+        for call in calls:
+            self._queue.put(call)
+        if self._thread is None and calls and not self._stopped:
+            self._thread = threading.Thread(target=self._read_on, name="twostage-source", daemon=True)
+            self._thread.start()
+
+    def _read_on(self) -> None:
+        put = self._completions.put
+        try:
+            while (call := self._queue.get()) is not None and not self._stopped:
+                put((self._read, call, self._source.read_one(), None))
+        except BaseException as error:  # noqa: BLE001 - the source's end, or a failure that is the job's
+            put((self._read, None, None, without_our_frames(error)))
+        finally:
+            self._source.close()
+
+    def _read(self, call: Call, read: object, error: BaseException | None) -> None:
+        self.out -= 1
+        self._ended(call, read, error)
+
+    def expect(self, calls: int) -> None:
+        pass
+
+    def take_back(self) -> list[Call]:
+        back: list[Call] = []
+        with suppress(Empty):
+            while True:
+                call = self._queue.get_nowait()
+                if call is not None:
+                    back.append(call)
+        self.out -= len(back)
+        return back
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._queue.put(None)
+
+    def join(self) -> None:
+        if self._thread is None:
+            self._source.close()
+        else:
+            self._thread.join(LONGEST_READ)

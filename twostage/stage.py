@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -28,7 +30,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from concurrent.futures import Executor
 
-__all__ = ["Answers", "Default", "Failures", "Many", "Stage", "check_bool", "failure_test", "positive_int"]
+__all__ = [
+    "Answers",
+    "Default",
+    "Failures",
+    "Many",
+    "Stage",
+    "check_bool",
+    "check_function",
+    "failure_test",
+    "positive_int",
+    "positive_seconds",
+]
 
 Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
 """Which exceptions are meant: their type, several types, or a function that says so of one."""
@@ -219,6 +232,21 @@ def positive_int(number: object, name: str) -> int:
         raise TypeError(f"{name} is {number!r}; expected an integer of at least 1") from None
     if value < 1:
         raise ValueError(f"{name} is {value}; expected an integer of at least 1")
+    return value
+
+
+def positive_seconds(seconds: object, name: str) -> float:
+    """Returns `seconds` as a `float` above 0 and below infinity.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not in this range.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise TypeError(f"{name} is {seconds!r}; expected a number of seconds")
+    value = float(seconds)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {seconds!r}; expected a number of seconds above 0")
     return value
 
 

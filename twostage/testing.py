@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 from twostage.calls import Batch, ListedToken
 from twostage.driver import world
 from twostage.errors import without_our_frames
+from twostage.runners import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from twostage.calls import Call, Outcome
-    from twostage.completions import Event
+    from twostage.completions import Event, Handler
     from twostage.coordinator import Coordinator, Message
     from twostage.driver import Driver
-    from twostage.runners import Work
+    from twostage.outcomes import Source
 
 __all__ = ["ApiError", "Latency", "SimulatedApi", "VirtualTime", "sleep"]
 
@@ -48,6 +49,7 @@ AnswerT = TypeVar("AnswerT")
 Latency: TypeAlias = "float | tuple[float, float] | Callable[[random.Random], float]"
 """Seconds: always the same, uniform between two, or drawn by a function from the generator it is given."""
 
+SOURCE = "source"
 TOO_MANY_REQUESTS = 429
 SERVICE_UNAVAILABLE = 503
 
@@ -267,6 +269,8 @@ class VirtualTime:
 
 
 def _name(stage: str, call: Call) -> str:
+    if stage == SOURCE:
+        return stage
     if isinstance(call, Batch):
         first, tokens = call.members[0], "tokens" if stage == "stage two" else "items"
         index = first.outcome.index if isinstance(first, ListedToken) else first.index
@@ -291,6 +295,11 @@ class _VirtualDriver:
 
     def runner(self, work: Work) -> _VirtualRunner:
         runner = _VirtualRunner(self, self._virtual, work)
+        self._runners.append(runner)
+        return runner
+
+    def reader(self, source: Source, ended: Handler) -> _VirtualRunner:
+        runner = _VirtualReader(self, self._virtual, source, ended)
         self._runners.append(runner)
         return runner
 
@@ -378,3 +387,14 @@ class _VirtualRunner:
 
     def join(self) -> None:
         pass
+
+
+class _VirtualReader(_VirtualRunner):
+    """Reads a source while the job goes on: what it sleeps is the time that an item takes to come."""
+
+    def __init__(self, driver: _VirtualDriver, virtual: VirtualTime, source: Source, ended: Handler) -> None:
+        super().__init__(driver, virtual, Work(SOURCE, source.read_one, lambda _: None, ended, 1, None))
+        self._source = source
+
+    def join(self) -> None:
+        self._source.close()
