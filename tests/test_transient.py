@@ -26,7 +26,8 @@ import requests
 import urllib3
 
 from twostage import is_transient
-from twostage.transient import TRANSIENT_STATUSES, status_of
+from twostage.clients import status_of
+from twostage.transient import TRANSIENT_STATUSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,6 +9,7 @@ from twostage.errors import AttemptTimeout, BatchLengthError, MissingToken, RunT
 from twostage.outcomes import Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
+from twostage.throttling import Throttled, wait_retry_after
 from twostage.transient import is_transient
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Outcomes",
     "RunTimeout",
     "Stage",
+    "Throttled",
     "TooManyFailures",
     "is_transient",
     "iter_two_stage",
     "run_two_stage",
+    "wait_retry_after",
 ]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twostage.answers import holds_exceptions
 from twostage.calls import Batch
+from twostage.clients import status_of
 from twostage.retry import Answer, Fail, Retry, Verdict
-from twostage.transient import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

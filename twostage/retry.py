@@ -22,6 +22,7 @@ from tenacity.stop import stop_after_attempt, stop_never
 from tenacity.wait import wait_random_exponential
 
 from twostage.errors import MissingToken, warn
+from twostage.throttling import FIRST_WAIT, LONGEST_WAIT, wait_retry_after
 from twostage.transient import is_transient
 
 if TYPE_CHECKING:
@@ -46,11 +47,6 @@ RetryPolicy: TypeAlias = Retrying | int | None
 """A tenacity policy, the default one with that many attempts in all, or none."""
 
 DEFAULT_ATTEMPTS = 10
-
-# Full jitter, as https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter finds best.
-# Ten attempts of it wait 22 s on average: enough for a restart or a deployment of the API.
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +203,14 @@ def _sees_exceptions_only(predicate: object) -> bool:
 
 
 def default_policy(attempts: int = DEFAULT_ATTEMPTS) -> Retrying:
-    """Returns the policy for transient failures: `attempts` in all, with growing waits between them."""
+    """Returns the policy for transient failures: `attempts` in all, with growing waits between them.
+
+    Where the API's answer asks for a wait, it is that one.
+    """
     return Retrying(
         retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(attempts),
-        wait=wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
+        wait=wait_retry_after(wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)),
     )
 
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from twostage.calls import Batch
-from twostage.transient import status_of
+from twostage.clients import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

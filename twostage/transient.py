@@ -1,19 +1,46 @@
-"""Which failures pass by themselves: decided once, for every HTTP client, without importing any."""
+"""What kind of failure it is: decided once, for every client, without importing any."""
 
 from __future__ import annotations
 
+import enum
 import errno
 import socket
 import ssl
 from typing import TYPE_CHECKING
 
+from twostage.clients import CHAIN_LIMIT, aws_code_of, behind, causes, status_of
+from twostage.throttling import Throttled, retry_after
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["is_transient", "status_of"]
+__all__ = ["is_outage", "is_throttled", "is_transient"]
 
 # Request timeout, too early, too many requests, server errors; 529 is "overloaded" at several APIs.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+THROTTLING_STATUSES = frozenset({429, 529})
+UNAVAILABLE = 503  # with a Retry-After it is the API's way to say "slow down"
+OUTAGE_STATUSES = frozenset({502, UNAVAILABLE, 504})
+
+# botocore's, from ThrottledRetryableChecker of botocore/retries/standard.py: most come with a status 400.
+THROTTLING_CODES = frozenset(
+    {
+        "BandwidthLimitExceeded",
+        "EC2ThrottledException",
+        "LimitExceededException",
+        "PriorRequestNotComplete",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "SlowDown",
+        "ThrottledException",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "TransactionInProgressException",
+    }
+)
 
 TRANSIENT_ERRNOS = frozenset(
     getattr(errno, name)
@@ -51,8 +78,14 @@ TRANSIENT_CLASSES = {
 LOST_IN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """The two of TLS's errors that say no more than that the connection has ended."""
 
-CHAIN_LIMIT = 10
-"""How many causes are looked at; a chain can be a circle."""
+
+class Kind(enum.Enum):
+    """What a failure says of the API."""
+
+    LASTING = enum.auto()
+    PASSING = enum.auto()
+    THROTTLED = enum.auto()
+    OUTAGE = enum.auto()
 
 
 def is_transient(error: BaseException) -> bool:
@@ -63,7 +96,8 @@ def is_transient(error: BaseException) -> bool:
     are, whether they are Python's own or those of httpx, requests, urllib3, aiohttp and http.client;
     then the exception behind it is asked: its `reason` (as `urllib.error.URLError` has it), `__cause__`
     or first argument. A bad URL, a certificate that does not hold, a host that does not exist, or an
-    error in the code is not. Use it in a policy of your own:
+    error in the code is not. A `Throttled` is, and so is an AWS error that names throttling. Use it in a
+    policy of your own:
 
     >>> from tenacity import Retrying, retry_if_exception, stop_after_delay
     >>> policy = Retrying(retry=retry_if_exception(is_transient), stop=stop_after_delay(60))
@@ -77,44 +111,40 @@ def is_transient(error: BaseException) -> bool:
     >>> is_transient(ConnectionResetError()), is_transient(FileNotFoundError())
     (True, False)
     """
-    asked: object = error
-    for _ in range(CHAIN_LIMIT):
-        if not isinstance(asked, Exception):
-            break
+    return _kind_of(error) is not Kind.LASTING
+
+
+def is_throttled(error: BaseException) -> bool:
+    """Whether the API says that the calls are too many, so that all of them had better slow down."""
+    return _kind_of(error) is Kind.THROTTLED
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the API seems to be down: not reached, late, or out of service without saying for how long."""
+    return _kind_of(error) is Kind.OUTAGE
+
+
+def _kind_of(error: BaseException) -> Kind:
+    for asked in causes(error):
+        if isinstance(asked, Throttled) or aws_code_of(asked) in THROTTLING_CODES:
+            return Kind.THROTTLED
         status = status_of(asked)
         if status is not None:
-            return status in TRANSIENT_STATUSES
+            return _kind_by_status(status, asked)
         if any(map(_is_lasting, _chain(asked))):
-            return False
+            return Kind.LASTING
         verdict = _verdict_by_class(asked)
         if verdict is not None:
-            return verdict
-        asked = _behind(asked)
-    return False
+            return Kind.OUTAGE if verdict else Kind.LASTING
+    return Kind.LASTING
 
 
-def status_of(error: BaseException) -> int | None:
-    """Returns the HTTP status that an exception carries, or `None`."""
-    response = _read(error, "response")  # `is None` below: a requests.Response of a 503 is falsy
-    holders = [
-        (error, "status_code"),
-        (error, "status"),
-        (response, "status_code"),
-        (response, "status"),
-        (error, "code"),
-    ]
-    for holder, name in holders:
-        status = _read(holder, name)
-        if isinstance(status, int) and not isinstance(status, bool) and 100 <= status <= 599:  # noqa: PLR2004
-            return int(status)
-    return None
-
-
-def _read(holder: object, name: str) -> object:
-    try:
-        return getattr(holder, name, None)
-    except Exception:  # noqa: BLE001 - httpx' `request` raises RuntimeError; whose property it is, we can't know
-        return None
+def _kind_by_status(status: int, error: Exception) -> Kind:
+    if status in THROTTLING_STATUSES or (status == UNAVAILABLE and retry_after(error) is not None):
+        return Kind.THROTTLED
+    if status in OUTAGE_STATUSES:
+        return Kind.OUTAGE
+    return Kind.PASSING if status in TRANSIENT_STATUSES else Kind.LASTING
 
 
 def _verdict_by_class(error: Exception) -> bool | None:
@@ -136,16 +166,10 @@ def _is_lasting(cause: BaseException) -> bool:
     return isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
 
 
-def _behind(error: BaseException) -> BaseException | None:
-    """Returns the cause that a client names: urllib and urllib3 do it by an attribute or an argument."""
-    named = (_read(error, "reason"), error.__cause__, *error.args[:1])
-    return next((cause for cause in named if isinstance(cause, BaseException)), None)
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an exception and those behind it, named as causes or not."""
     for _ in range(CHAIN_LIMIT):
         if error is None:
             return
         yield error
-        error = _behind(error) or error.__context__
+        error = behind(error) or error.__context__

@@ -1,0 +1,82 @@
+"""What an exception carries of an API's answer, whichever client raised it; none is imported for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["CHAIN_LIMIT", "aws_code_of", "behind", "causes", "headers_of", "status_of"]
+
+CHAIN_LIMIT = 10
+"""How many causes are looked at; a chain can be a circle."""
+
+
+def status_of(error: BaseException) -> int | None:
+    """Returns the HTTP status that an exception carries, or `None`."""
+    response = _read(error, "response")  # `is None` below: a requests.Response of a 503 is falsy
+    holders = [
+        (error, "status_code"),
+        (error, "status"),
+        (response, "status_code"),
+        (response, "status"),
+        (error, "code"),
+    ]
+    statuses = [_read(holder, name) for holder, name in holders]
+    statuses.append(_item(_item(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore's
+    for status in statuses:
+        if isinstance(status, int) and not isinstance(status, bool) and 100 <= status <= 599:  # noqa: PLR2004
+            return int(status)
+    return None
+
+
+def headers_of(error: BaseException) -> dict[str, str] | None:
+    """Returns the headers of the answer that an exception carries, by their names in lower case."""
+    response = _read(error, "response")
+    holders = [
+        _read(response, "headers"),
+        _read(error, "headers"),
+        _item(_item(response, "ResponseMetadata"), "HTTPHeaders"),  # botocore's
+    ]
+    for headers in holders:
+        try:
+            # Not only mappings: an email.message.Message, as urllib has it, is none.
+            return {str(name).lower(): str(value) for name, value in headers.items()}  # type: ignore[attr-defined]
+        except Exception:  # noqa: BLE001, S112 - mostly there are none; what else they are, we can't know
+            continue
+    return None
+
+
+def aws_code_of(error: BaseException) -> str | None:
+    """Returns the code of an AWS error, as botocore's `ClientError` carries it, or `None`."""
+    code = _item(_item(_read(error, "response"), "Error"), "Code")
+    return code if isinstance(code, str) else None
+
+
+def causes(error: BaseException) -> Iterator[Exception]:
+    """Yields an exception and, one after the other, those that it names as its causes."""
+    asked: BaseException | None = error
+    for _ in range(CHAIN_LIMIT):
+        if not isinstance(asked, Exception):
+            return
+        yield asked
+        asked = behind(asked)
+
+
+def behind(error: BaseException) -> BaseException | None:
+    """Returns the cause that a client names: urllib and urllib3 do it by an attribute or an argument."""
+    named = (_read(error, "reason"), error.__cause__, *error.args[:1])
+    return next((cause for cause in named if isinstance(cause, BaseException)), None)
+
+
+def _read(holder: object, name: str) -> object:
+    try:
+        return getattr(holder, name, None)
+    except Exception:  # noqa: BLE001 - httpx' `request` raises RuntimeError; whose property it is, we can't know
+        return None
+
+
+def _item(holder: object, key: str) -> object:
+    return cast("object", holder.get(key)) if isinstance(holder, Mapping) else None
