@@ -448,7 +448,8 @@ def test_stage_s_repr_says_what_the_defaults_mean_and_no_argument_of_a_partial()
         "Stage(batch_size=<default: one item a call>, "
         "workers=<default: 4 for stage one, 32 for stage two>, executor=None, "
         "retry=<default: 10 attempts if the failure is transient>, "
-        "many=<default: False>, bisect=True, retry_missing=False)"
+        "many=<default: False>, bisect=True, retry_missing=False, rate=None, adaptive=False, pause=True, "
+        "patience=300.0, attempt_timeout=None)"
     )
 
 

@@ -18,7 +18,9 @@ from twostage.calls import Batch
 from twostage.coordinator import Coordinator
 from twostage.handover import HandOver
 from twostage.lines import Line
+from twostage.pace import Pace
 from twostage.retry import Judge
+from twostage.runners import Runner
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ BOUND = 12
 WINDOW = 15
 
 
-class Workers:
+class Workers(Runner):
     """A runner whose attempts end when the machine says so."""
 
     def __init__(self, machine: CoordinatorMachine, workers: int) -> None:
@@ -53,9 +55,6 @@ class Workers:
         while self.waiting and len(self.running) < self.workers:
             self.running.append(self.waiting.popleft())
 
-    def expect(self, calls: int) -> None:
-        pass
-
     def take_back(self) -> list[Call]:
         back = list(self.waiting)
         self.waiting.clear()
@@ -64,9 +63,6 @@ class Workers:
 
     def stop(self) -> None:
         self.take_back()
-
-    def join(self) -> None:
-        pass
 
 
 class CoordinatorMachine(RuleBasedStateMachine):
@@ -89,10 +85,17 @@ class CoordinatorMachine(RuleBasedStateMachine):
                 limit,
                 batch_check("fetch_token", lambda batch: list(batch.members)),
                 Judge(policy),
+                Pace("stage one", 2, pause=True, patience=None, adaptive=False),
                 slots=True,
                 batch_size=self.batch_size,
             ),
-            Line("stage two", limit, checked_result, Judge(policy)),
+            Line(
+                "stage two",
+                limit,
+                checked_result,
+                Judge(policy),
+                Pace("stage two", 2, pause=True, patience=None, adaptive=False),
+            ),
         ]
         self.results: list[Any] | None = [] if self.listed else None
         self.coordinator = Coordinator(

@@ -37,7 +37,7 @@ from tenacity import (
 
 from twostage import BatchLengthError, Stage, iter_two_stage, run_two_stage
 from twostage.calls import Outcome
-from twostage.retry import Fail, Judge, Retry, default_policy
+from twostage.retry import End, Fail, Judge, Retry, default_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +116,7 @@ def test_default_waits_grow_up_to_a_cap(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(random, "uniform", lambda _low, high: high)  # full jitter, at its longest
     judge, call, waits = Judge(default_policy()), Outcome[str, str, str](0, "item"), []
     for call.attempts in range(1, 10):
-        verdict = judge.judge(call, None, ApiError(), now=100.0)
+        verdict = judge.judge(call, End(None, ApiError(), 100.0))
         assert isinstance(verdict, Retry)
         waits.append(round(verdict.due - 100.0, 3))
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 20.0]
@@ -148,7 +148,7 @@ def test_stop_after_delay_counts_from_the_start_of_the_first_attempt() -> None:
     call, error = Outcome[str, str, str](0, "item"), ApiError()
     ends = []
     for call.attempts, (call.began, end) in enumerate([(100.0, 103.0), (104.0, 104.9), (105.9, 106.0)], 1):
-        ends.append(judge.judge(call, None, error, end))
+        ends.append(judge.judge(call, End(None, error, end)))
     assert ends == [Retry(104.0), Retry(105.9), Fail(error)]
 
 
@@ -381,7 +381,7 @@ def test_policy_given_is_left_as_it_was() -> None:
     before = dict(vars(retry))
     call = Outcome[str, str, str](0, "item")
     call.attempts = 1
-    assert isinstance(Judge(retry).judge(call, None, ApiError(), 0.0), Retry)
+    assert isinstance(Judge(retry).judge(call, End(None, ApiError(), 0.0)), Retry)
     assert vars(retry) == before
     assert vars(retry._local) == {}
 

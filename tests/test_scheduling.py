@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import Stage, iter_two_stage, run_two_stage
+from twostage.gates import Gate
 from twostage.lines import Line
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from twostage.calls import Call
-    from twostage.retry import Judge
+    from twostage.runners import Runner
 
 
 def retry_after(seconds: float) -> Retrying:
@@ -361,7 +362,7 @@ def test_ready_tokens_go_before_ready_batches_on_a_shared_executor(virtual: Virt
 # --- the seam for gates
 
 
-class EverySecond:
+class EverySecond(Gate):
     """Lets one call a second begin, and hears of each start and end."""
 
     def __init__(self) -> None:
@@ -369,7 +370,7 @@ class EverySecond:
         self.started_calls: list[Call] = []
         self.ended_calls: list[Call] = []
 
-    def when_may_start(self, now: float) -> float:
+    def when_may_start(self, now: float, runner: Runner, call: Call | None = None) -> float:
         return max(now, self.next)
 
     def started(self, call: Call, now: float) -> None:
@@ -377,7 +378,7 @@ class EverySecond:
         self.next = now + 1
         self.started_calls.append(call)
 
-    def ended(self, call: Call, now: float) -> None:
+    def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:
         self.ended_calls.append(call)
 
 
@@ -387,8 +388,8 @@ def test_gate_holds_starts_back_and_hears_of_each(
 ) -> None:
     gate = EverySecond()
 
-    def gated_line(name: str, _limit: float, check: Any, judge: Judge, **more: Any) -> Line:  # noqa: ANN401 - passed on
-        return Line(name, 3, check, judge, gates=[gate] if name == stage else [], **more)
+    def gated_line(name: str, _limit: float, *parts: Any, **more: Any) -> Line:  # noqa: ANN401 - passed on
+        return Line(name, 3, *parts, **more | {"gates": [gate] if name == stage else []})
 
     monkeypatch.setattr("twostage.building.Line", gated_line)
     fails = {4: 2}

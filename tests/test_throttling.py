@@ -21,7 +21,7 @@ from tenacity import Future, RetryCallState, Retrying, TryAgain, wait_fixed
 
 from twostage import Throttled, is_transient, run_two_stage, wait_retry_after
 from twostage.calls import Outcome
-from twostage.retry import Judge, Retry, default_policy
+from twostage.retry import End, Judge, Retry, default_policy
 from twostage.throttling import LONGEST_PAUSE, retry_after
 from twostage.transient import THROTTLING_CODES, is_outage, is_throttled
 
@@ -335,10 +335,10 @@ def test_limit_that_can_not_be(max_wait: float | timedelta) -> None:
 def test_default_policy_heeds_the_answer() -> None:
     judge, call = Judge(default_policy()), Outcome[str, str, str](0, "item")
     for call.attempts in (1, 2):
-        verdict = judge.judge(call, None, answered({"Retry-After": "150"}), now=100.0)
+        verdict = judge.judge(call, End(None, answered({"Retry-After": "150"}), 100.0))
         assert verdict == Retry(250.0)
     call.attempts = 3
-    assert judge.judge(call, None, answered({"Retry-After": "301"}), now=100.0) == Retry(400.0)
+    assert judge.judge(call, End(None, answered({"Retry-After": "301"}), 100.0)) == Retry(400.0)
 
 
 def test_job_waits_as_long_as_it_is_told(virtual: VirtualTime) -> None:

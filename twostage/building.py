@@ -7,32 +7,27 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from twostage.answers import Check, batch_check, checked_result, checked_token
+from twostage.checks import check_bool, check_function, failure_test, positive_int, positive_seconds
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
 from twostage.errors import brief
+from twostage.gates import Gate, HungGate, RateGate, rates_of
 from twostage.handover import FailureLimit, HandOver
 from twostage.lines import Line
 from twostage.outcomes import Job, Source
+from twostage.pace import Pace
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
 from twostage.splits import Splits, refuses_batch
-from twostage.stage import (
-    Default,
-    Failures,
-    Stage,
-    check_bool,
-    check_function,
-    failure_test,
-    positive_int,
-    positive_seconds,
-)
+from twostage.stage import Default, Stage
 from twostage.twins import Twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
-    from concurrent.futures import Executor
 
     from twostage.calls import Batch
+    from twostage.checks import Failures
+    from twostage.completions import Handler
 
 __all__ = ["RESULT_WORKERS", "TOKEN_WORKERS", "ItemsOptions", "RunOptions", "build", "settled"]
 
@@ -66,14 +61,11 @@ class _Settings(NamedTuple):
     """One stage with nothing left to a default."""
 
     name: str
-    fetch: Callable[[Any], Any]
+    stage: Stage[Any, Any]
     batch_size: int | None
     workers: int
-    executor: Executor | None
     retry: RetryPolicy
     many: bool
-    bisect: bool | Failures
-    retry_missing: bool
 
 
 def settled(
@@ -152,15 +144,7 @@ def _settings(
             f"{name}'s Stage has retry_missing=True, but no batch_size: one item is never left out"
         )
     return _Settings(
-        name=name,
-        fetch=stage.fetch,
-        batch_size=batch_size,
-        workers=workers,
-        executor=stage.executor,
-        retry=policy if isinstance(stage.retry, Default) else stage.retry,
-        many=many,
-        bisect=stage.bisect,
-        retry_missing=stage.retry_missing,
+        name, stage, batch_size, workers, policy if isinstance(stage.retry, Default) else stage.retry, many
     )
 
 
@@ -206,12 +190,13 @@ def build(
         raise TypeError(f"items is {brief(items)}; expected something to iterate over") from error
     if not (repeats(first.retry) and repeats(second.retry)):
         refreshes = None  # either stage's calls must not be made twice for an item
+    token_argument = _item if first.batch_size is None else _items
+    result_argument = _token if second.batch_size is None else _tokens
     # Where calls are made of what waits when a worker is free, none is handed over before.
-    token_line = _line(first, checked_token, _items, ahead=refreshes is None)
+    token_line = _line(first, token_argument, ahead=refreshes is None)
     result_line = _line(
         second,
-        checked_result,
-        _tokens,
+        result_argument,
         ahead=second.batch_size is None and not (first.many and refreshes),
         refreshes=refreshes,
     )
@@ -230,7 +215,7 @@ def build(
             many=first.many,
         ),
         return_exceptions=run_options.return_exceptions,
-        tokens_first=first.executor is not None and first.executor is second.executor,
+        tokens_first=first.stage.executor is not None and first.stage.executor is second.stage.executor,
         many=first.many,
         twins=twins,
         max_refreshes=max_refreshes,
@@ -239,26 +224,10 @@ def build(
         linger=linger,
     )
     driver = world.get()()
-    token_line.runner = driver.runner(
-        Work(
-            token_line.name,
-            first.fetch,
-            _item if first.batch_size is None else _items,
-            coordinator.batch_ended,
-            first.workers,
-            first.executor,
-        )
-    )
+    token_line.runner = driver.runner(_work(first, token_argument, coordinator.batch_ended))
     in_batches = second.batch_size is not None
     result_line.runner = driver.runner(
-        Work(
-            result_line.name,
-            second.fetch,
-            _tokens if in_batches else _token,
-            coordinator.results_ended if in_batches else coordinator.result_ended,
-            second.workers,
-            second.executor,
-        )
+        _work(second, result_argument, coordinator.results_ended if in_batches else coordinator.result_ended)
     )
     # An iterator was given to be used up here; a list, or what else makes iterators, was not.
     close_source = getattr(items, "close", None) if source is items else None
@@ -284,29 +253,42 @@ def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:
 
 
 def _line(
-    stage: _Settings,
-    check: Check,
-    arguments: Callable[[Batch], list[Any]],
+    settings: _Settings,
+    argument: Callable[[Any], Any],
     *,
     ahead: bool,
     refreshes: Callable[[Exception], bool] | None = None,
 ) -> Line:
-    batched = stage.batch_size is not None
-    if batched:
-        check = batch_check(stage.name, arguments)
+    name, stage, batch_size, workers, retry, _ = settings
+    one = name == "fetch_token"
+    check: Check = checked_token if one else checked_result
     splits = None
-    if batched and stage.bisect is not False and repeats(stage.retry):
-        splits = Splits(refuses_batch if stage.bisect is True else failure_test(stage.bisect, "bisect"))
-    one = stage.name == "fetch_token"
+    if batch_size is not None:
+        check = batch_check(name, argument)
+        if stage.bisect is not False and repeats(retry):
+            splits = Splits(refuses_batch if stage.bisect is True else failure_test(stage.bisect, "bisect"))
+    title = "stage one" if one else "stage two"
+    gates: list[Gate] = [RateGate(rate, argument) for rate in rates_of(stage.rate, "rate")]
+    if stage.attempt_timeout is not None:
+        gates.append(HungGate(title, workers, stage.patience))
     return Line(
-        "stage one" if one else "stage two",
-        math.inf if ahead and stage.executor is None else stage.workers,
+        title,
+        math.inf if ahead and stage.executor is None and not gates else workers,
         check,
-        Judge(stage.retry, retry_missing=stage.retry_missing, refresh_on=refreshes),
-        slots=batched,
-        batch_size=1 if one and not batched else stage.batch_size,
+        Judge(retry, retry_missing=stage.retry_missing, refresh_on=refreshes),
+        Pace(title, workers, pause=stage.pause, patience=stage.patience, adaptive=stage.adaptive),
+        slots=batch_size is not None,
+        batch_size=1 if one and batch_size is None else batch_size,
         splits=splits,
+        gates=gates,
+        timed=stage.attempt_timeout is not None,
     )
+
+
+def _work(settings: _Settings, argument: Callable[[Any], Any], ended: Handler) -> Work:
+    stage = settings.stage
+    title = "stage one" if settings.name == "fetch_token" else "stage two"
+    return Work(title, stage.fetch, argument, ended, settings.workers, stage.executor, stage.attempt_timeout)
 
 
 _token = attrgetter("token")

@@ -9,11 +9,10 @@ from twostage.errors import brief
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tenacity import RetryCallState
-
+    from twostage.retry import CallState
     from twostage.splits import Halves
 
-__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList"]
+__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList", "told"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
@@ -34,7 +33,7 @@ class Call:
     def __init__(self) -> None:
         self.attempts = 0
         self.began = 0.0
-        self.retry_state: RetryCallState | None = None
+        self.retry_state: CallState | None = None
 
 
 class Batch(Call):
@@ -158,3 +157,11 @@ class ListedToken(Call):
 
 
 Member: TypeAlias = Outcome[Any, Any, Any] | ListedToken
+
+
+def told(call: Call, members: Sequence[Member] | None = None) -> str:
+    """Returns what messages call the items of a call, or of some of its members."""
+    if members is None:
+        members = call.members if isinstance(call, Batch) else (cast("Member", call),)
+    first = members[0].outcome if isinstance(members[0], ListedToken) else members[0]
+    return brief(first.item) if len(members) == 1 else f"{len(members)} items from {brief(first.item)}"

@@ -9,8 +9,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from twostage.answers import token_list
-from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList
-from twostage.errors import RunTimeout, add_note, brief, without_our_frames
+from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList, told
+from twostage.errors import RunTimeout, add_note, without_our_frames
 from twostage.retry import Answer, Refresh, Retry
 from twostage.splits import halves
 
@@ -102,6 +102,7 @@ class Coordinator:
     ) -> None:
         self.token_line = token_line
         self.result_line = result_line
+        self.lines = (token_line, result_line)
         self.batch_size = batch_size
         self.bound = bound
         self.window = window
@@ -153,6 +154,9 @@ class Coordinator:
             try:
                 for handler, subject, answer, error in remaining:
                     handler(subject, answer, error)
+                for line in self.lines:
+                    if line.timed:
+                        line.runner.give_up(now)
                 if not self.ending:
                     self._start(now)
                     if self.reader is not None:
@@ -166,8 +170,9 @@ class Coordinator:
         """Returns when `handle` has to be called even if nothing has happened, or `None`."""
         if self.ending:
             return None
-        lines = [line for line in (self.token_line, self.result_line) if line.gates]
-        times = [time for line in lines if (time := line.opens(self.now)) > self.now]
+        lines = [line for line in self.lines if line.gates and (line.due or line.waiting)]
+        times = [time for line in lines if self.now < (time := line.opens(self.now)) < math.inf]
+        times += [line.runner.next_overdue(self.now) for line in self.lines if line.timed]
         if self.delayed:
             times.append(self.delayed[0][0])
         if self.linger < math.inf and self.token_line.waiting and self._leaves_at() > self.now:
@@ -336,9 +341,12 @@ class Coordinator:
             The members that have an answer, and the answers.
         """
         call.attempts += 1
-        for gate in line.gates:
-            gate.ended(call, self.now)
+        if line.gates:
+            line.ended(call, answer, error, self.now)
         if error is None:
+            line.pace.succeeded_at = self.now
+            if line.pace.watches:
+                line.succeeded(self.now)
             try:
                 values = line.check(answer, call)
             except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
@@ -450,7 +458,7 @@ class Coordinator:
         if size >= line.batch_size:
             return
         line.batch_size = size
-        for call in reversed(line.runner.take_back()):
+        for call in reversed(line.take_back()):
             if call.attempts or cast("Batch", call).half_of is not None:
                 line.due.appendleft(call)
                 continue
@@ -473,7 +481,8 @@ class Coordinator:
                 return
         outcomes: Sequence[AnyOutcome] = [member.outcome for member in members] if listed else members
         if error is not self.timed_out:  # that is everybody's
-            add_note(error, _note(line, call, outcomes))
+            plural = "" if call.attempts == 1 else "s"
+            add_note(error, f"{line.name}, {told(call, members)}, {call.attempts} attempt{plural}")
         if not self.return_exceptions:
             self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
             self._end(error)
@@ -502,12 +511,19 @@ class Coordinator:
             self.at_work += len(call.members) if isinstance(call, Batch) else 1
         if now >= self.deadline:
             self._give_up()
-        elif self.tokens_first:
-            self._start_results(now)
-            self._start_batches(now)
-        else:
-            self._start_batches(now)
-            self._start_results(now)
+            return
+        starts = [self._start_batches, self._start_results]
+        for start in reversed(starts) if self.tokens_first else starts:
+            start(now)
+        if self.token_line.refused or self.result_line.refused:
+            self._fail_refused()
+            self._start(now)  # they have made room
+
+    def _fail_refused(self) -> None:
+        for line in self.lines:
+            refused, line.refused = line.refused, []
+            for call, error in refused:
+                self._fail(line, call, call.members if isinstance(call, Batch) else (call,), error)
 
     def _start_batches(self, now: float) -> None:
         line = self.token_line
@@ -590,7 +606,7 @@ class Coordinator:
         if not self.return_exceptions:
             self._end(error)
             return
-        for line in (self.token_line, self.result_line):
+        for line in self.lines:
             calls: list[Call] = [*line.runner.take_back(), *line.due, Batch(list(line.waiting))]
             line.due.clear()
             line.waiting.clear()
@@ -614,7 +630,7 @@ class Coordinator:
         self.error = error
         if self.reader is not None:
             self.reader.stop()
-        for line in (self.token_line, self.result_line):
+        for line in self.lines:
             line.runner.stop()
             line.waiting.clear()
             line.due.clear()
@@ -640,10 +656,3 @@ class Coordinator:
             # An exception's traceback leads back here, by the frames of its worker.
             self.handing.results = self.error = self.timed_out = None
         return message
-
-
-def _note(line: Line, call: Call, outcomes: Sequence[AnyOutcome]) -> str:
-    """Returns what an exception is to say of the call that ended with it."""
-    first, plural = brief(outcomes[0].item), "" if call.attempts == 1 else "s"
-    items = first if len(outcomes) == 1 else f"{len(outcomes)} items from {first}"
-    return f"{line.name}, {items}, {call.attempts} attempt{plural}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from twostage.answers import holds_exceptions
 from twostage.calls import Batch
 from twostage.clients import status_of
-from twostage.retry import Answer, Fail, Retry, Verdict
+from twostage.gates import Refused
+from twostage.retry import Answer, End, Fail, Retry, Verdict
+from twostage.throttling import Throttled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from twostage.answers import Check
     from twostage.calls import Call, Member
     from twostage.gates import Gate
+    from twostage.pace import Pace
     from twostage.retry import Judge
     from twostage.runners import Runner
     from twostage.splits import Splits
@@ -43,37 +46,47 @@ class Line:
             and gives back what has not begun, so that its workers need never wait for the coordinator.
         check: Takes an answer and its call; returns a value for each of the call's members.
         judge: Decides what becomes of failed attempts.
+        pace: What the API bears; a gate while that is less than the stage could.
         slots: Whether an exception among a call's values is a failure, that of its member alone.
         batch_size: How many of those that wait a call takes at most; `None` if each is a call by itself.
         splits: Which refused batches are split; `None` for none.
         gates: What else may hold starts back. What was handed over can't be held, so with gates
             `limit` is the number that may run.
+        timed: Whether the runner gives up attempts that take too long.
+
+    Attributes:
+        refused: Calls that a gate will never let start, each with its failure.
     """
 
     runner: Runner
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - they are what a stage is
         self,
         name: str,
         limit: float,
         check: Check,
         judge: Judge,
+        pace: Pace,
         *,
         slots: bool = False,
         batch_size: int | None = None,
         splits: Splits | None = None,
         gates: Sequence[Gate] = (),
+        timed: bool = False,
     ) -> None:
         self.name = name
         self.limit = limit
         self.check = check
         self.judge = judge
+        self.pace = pace
         self.slots = slots
         self.batch_size = batch_size
         self.splits = splits
-        self.gates = gates
+        self.gates: list[Gate] = [*gates, pace] if pace.slows else list(gates)
+        self.timed = timed
         self.waiting: deque[Member] = deque()
         self.due: deque[Call] = deque()
+        self.refused: list[tuple[Call, Exception]] = []
         self.has_retried = False
         self.looks_at_values = slots or judge.judges_results  # a success else costs nothing
 
@@ -89,9 +102,13 @@ class Line:
         retry = first_error = None
         for member, value in zip(members, values, strict=True):
             error = value if self.slots and isinstance(value, BaseException) else None
-            if error is not None and not isinstance(error, Exception):
-                raise error  # which ends the job, as it does if the function raises it
-            verdict = self.judge.judge(call, value, error, now, retry)
+            excused = False
+            if error is not None:
+                if not isinstance(error, Exception):
+                    raise error  # which ends the job, as it does if the function raises it
+                excused = self.pace.slot_failed(error, now, self.runner.out)
+            end = End(value, error, now, excused, self.pace.paused)
+            verdict = self.judge.judge(call, end, retry)
             if isinstance(verdict, Retry):
                 if retry is None:
                     retry, first_error = verdict, error
@@ -102,12 +119,17 @@ class Line:
                 yield Judged([member], verdict, error)
         if retry is not None:
             yield Judged(again, retry, first_error)
+        self._mind_pace()
 
     def judge_failure(
         self, call: Call, members: Sequence[Any], error: Exception, now: float
     ) -> Iterator[Judged]:
         """Gives a call that has failed as a whole its verdict."""
-        verdict = self.judge.judge(call, None, error, now)
+        excused = self.pace.failed(call, error, now, self.runner.out)
+        self._mind_pace()
+        verdict = self.judge.judge(call, End(None, error, now, excused, self.pace.paused))
+        if isinstance(error, Throttled) and isinstance(verdict, Retry):
+            call.attempts -= 1
         if isinstance(verdict, Answer):
             yield from self._take_given(call, members, verdict.value)
         else:
@@ -140,28 +162,69 @@ class Line:
                 wait,
             )
 
+    # --- gates
+
+    def succeeded(self, now: float) -> None:
+        """Hears of a success, which may be what the pace has waited for."""
+        self.pace.succeeded(now)
+        self._mind_pace()
+
+    def _mind_pace(self) -> None:
+        """Has the pace among the gates while it slows the stage down, and takes back what it holds back."""
+        if self.pace.slows == (self.pace in self.gates):
+            return
+        if self.pace.slows:
+            self.gates.append(self.pace)
+            self.due.extendleft(reversed(self.take_back()))
+        else:
+            self.gates.remove(self.pace)
+
+    def take_back(self) -> list[Call]:
+        """Takes back from the runner what has not begun, in its order."""
+        back = self.runner.take_back()
+        for gate in self.gates:
+            for call in back:
+                gate.taken_back(call)
+        return back
+
+    def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:
+        """Tells the gates of an attempt's end."""
+        for gate in self.gates:
+            gate.ended(call, answer, error, now)
+
     def opens(self, now: float) -> float:
         """Returns when the next call may start as far as the gates are concerned."""
-        return max((gate.when_may_start(now) for gate in self.gates), default=now)
+        call = self.due[0] if self.due else None
+        return max((gate.when_may_start(now, self.runner, call) for gate in self.gates), default=now)
 
     def room(self, now: float) -> float:
-        """Returns how many calls the runner may be given now; under gates it is one at a time."""
+        """Returns how many calls the runner may be given now; with gates one, as they are asked of each."""
         room = self.limit - self.runner.out
         if self.gates and room > 0:
-            return 1 if self.opens(now) <= now else 0
+            return 0 if self.due or self.opens(now) > now else 1
         return room
 
     def start(self, calls: Sequence[Call], now: float, *, first: bool = False) -> None:
-        """Hands calls to the runner."""
-        for gate in self.gates:
-            for call in calls:
-                gate.started(call, now)
-        self.runner.start(calls, first=first)  # last, when the books are right: it can raise
+        """Hands calls to the runner, with gates as soon as they let them pass."""
+        if self.gates:
+            self.due.extend(calls)
+            self.start_due(now)
+        else:
+            self.runner.start(calls, first=first)  # last, when the books are right: it can raise
 
     def start_due(self, now: float) -> None:
         """Starts calls whose time has come, before all others of the stage."""
-        while self.due and self.room(now) > 0:
-            self.start([self.due.popleft()], now, first=True)
+        while self.due and self.limit > self.runner.out:
+            try:
+                if self.opens(now) > now:
+                    return
+            except Refused as refused:
+                self.refused.append((self.due.popleft(), cast("Exception", refused.__cause__)))
+                continue
+            call = self.due.popleft()
+            for gate in self.gates:
+                gate.started(call, now)
+            self.runner.start([call], first=True)
 
     def take(self) -> Call:
         """Makes the next call of what waits."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import tenacity
 from tenacity import RetryCallState, Retrying
@@ -22,7 +23,7 @@ from tenacity.stop import stop_after_attempt, stop_never
 from tenacity.wait import wait_random_exponential
 
 from twostage.errors import MissingToken, warn
-from twostage.throttling import FIRST_WAIT, LONGEST_WAIT, wait_retry_after
+from twostage.throttling import FIRST_WAIT, LONGEST_PAUSE, LONGEST_WAIT, Throttled, wait_retry_after
 from twostage.transient import is_transient
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "CallState",
+    "End",
     "Fail",
     "Judge",
     "Refresh",
@@ -80,6 +83,38 @@ class Answer:
 Verdict: TypeAlias = Retry | Refresh | Fail | Answer
 
 
+class End(NamedTuple):
+    """How an attempt ended, and in what times.
+
+    Attributes:
+        answer: What it returned, if it did.
+        error: Its failure, if it has failed.
+        now: The time.
+        excused: Whether the API's state is to blame: then it does not count for the policy's stop.
+        paused: For how many seconds the stage has been held back in all, which do not count there either.
+    """
+
+    answer: object
+    error: Exception | None
+    now: float
+    excused: bool = False
+    paused: float = 0.0
+
+
+class CallState(RetryCallState):
+    """tenacity's state of a call, and what is not to count in it.
+
+    Attributes:
+        excused: How many of its attempts.
+        is_excused: Whether the last one is.
+        paused: How many seconds of pauses `start_time` knows of.
+    """
+
+    excused = 0
+    is_excused = False
+    paused = 0.0
+
+
 class Judge:
     """Gives the verdict on the ends of a stage's attempts, as its tenacity policy has it.
 
@@ -108,41 +143,40 @@ class Judge:
         self._policy = policy.copy() if isinstance(policy, Retrying) and repeats(policy) else None
         if self._policy is not None and retry_missing:
             self._policy.retry = retry_any(retry_if_exception_type(MissingToken), self._policy.retry)
+        if self._policy is not None:
+            self._policy.stop = partial(_stops, self._policy.stop)
         self._refresh_on = refresh_on
         self.judges_results = self._policy is not None and not _sees_exceptions_only(self._policy.retry)
 
-    def judge(
-        self, call: Call, answer: object, error: Exception | None, now: float, again: Retry | None = None
-    ) -> Verdict:
-        """Returns what is to become of `call`, whose last attempt gave `answer` or failed with `error`.
+    def judge(self, call: Call, end: End, again: Retry | None = None) -> Verdict:
+        """Returns what is to become of `call`, whose last attempt has ended.
 
         Args:
             call: It, or the batch of which this is one slot.
-            answer: What it returned, if it did.
-            error: Its failure, if it has failed.
-            now: The time.
+            end: How.
             again: The verdict on another slot of the same answer. This one would go with it, so neither
                 is its wait drawn again nor are callbacks called twice.
         """
+        error = end.error
         if error is not None and self._refresh_on is not None and self._refresh_on(error):
             return Refresh(error)
         if self._policy is None:
-            return Answer(answer) if error is None else Fail(error)
-        return self._ask(self._policy, call, answer, error, now, again)
+            return Answer(end.answer) if error is None else Fail(error)
+        if isinstance(error, Throttled):
+            return again or Retry(end.now + min(error.seconds, LONGEST_PAUSE))
+        return self._ask(self._policy, call, end, again)
 
-    def _ask(
-        self,
-        policy: Retrying,
-        call: Call,
-        answer: object,
-        error: Exception | None,
-        now: float,
-        again: Retry | None,
-    ) -> Verdict:
+    def _ask(self, policy: Retrying, call: Call, end: End, again: Retry | None) -> Verdict:
+        answer, error, now, excused, paused = end
         state = call.retry_state
         if state is None:
-            state = call.retry_state = RetryCallState(policy, None, (), {})
+            state = call.retry_state = CallState(policy, None, (), {})
             state.start_time = call.began  # the first attempt's
+            state.paused = paused
+        state.start_time += paused - state.paused
+        state.paused = paused
+        state.is_excused = excused
+        state.excused += excused
         failure = None if error is None else _asked_for(error)
         traceback = None if failure is None else failure.__traceback__
         state.attempt_number = call.attempts
@@ -167,12 +201,23 @@ class Judge:
             return Fail(raised if failure is None else failure)
         finally:
             state.outcome = None  # what a call returned is kept by nobody but its outcome
-            del error, failure, answer
+            del error, failure, answer, end
         if not isinstance(verdict, tenacity.DoSleep):
             return Answer(verdict)
         if not math.isfinite(verdict):
             raise ValueError(f"the retry policy's wait is {verdict}; expected a finite number of seconds")
         return Retry(now + verdict)
+
+
+def _stops(stop: Callable[[RetryCallState], bool], state: CallState) -> bool:
+    """Whether a policy stops, as if attempts that are excused had not been."""
+    if state.is_excused:
+        return False
+    state.attempt_number -= state.excused
+    try:
+        return stop(state)
+    finally:
+        state.attempt_number += state.excused
 
 
 def repeats(policy: RetryPolicy) -> bool:

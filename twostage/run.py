@@ -14,7 +14,6 @@ from twostage.stage import (
     ONE_TOKEN_AN_ITEM,
     Answers,
     Default,
-    Failures,
     Many,
     Stage,
 )
@@ -22,6 +21,7 @@ from twostage.stage import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable
 
+    from twostage.checks import Failures
     from twostage.retry import RetryPolicy
 
 __all__ = ["iter_two_stage", "run_two_stage"]

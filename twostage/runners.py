@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from twostage.errors import without_our_frames
+from twostage.calls import told
+from twostage.errors import AttemptTimeout, without_our_frames
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
     from twostage.completions import Completions, Handler
     from twostage.outcomes import Source
 
-__all__ = ["ExecutorRunner", "PoolRunner", "Runner", "SourceRunner", "Work"]
+__all__ = ["ExecutorRunner", "PoolRunner", "Runner", "SourceRunner", "Work", "given_up"]
+
+log = logging.getLogger("twostage")
 
 Clock: TypeAlias = Callable[[], float]
 
@@ -44,6 +49,7 @@ class Work(NamedTuple):
         ended: Hears of the end of each attempt, in the coordinator's thread.
         workers: How many attempts may run at once.
         executor: Where they run; `None` for a pool of our own.
+        attempt_timeout: Seconds after which an attempt is given up; `None` for never.
     """
 
     stage: str
@@ -52,16 +58,19 @@ class Work(NamedTuple):
     ended: Handler
     workers: int
     executor: Executor | None
+    attempt_timeout: float | None = None
 
 
-class Runner(Protocol):
+class Runner:
     """Runs attempts and reports the end of each as one event. Used by the coordinator's thread alone.
 
     Attributes:
         out: How many attempts were handed over and have neither ended nor been taken back.
+        given_up: How many attempts were given up and run on.
     """
 
-    out: int
+    out: int = 0
+    given_up: int = 0
 
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         """Hands `calls` over, to begin in their order; `first`: before those that wait already.
@@ -69,21 +78,41 @@ class Runner(Protocol):
         Raises:
             BaseException: A `submit` did. Each call was then handed over or not, as `out` says.
         """
+        raise NotImplementedError
 
     def expect(self, calls: int) -> None:
         """Hears, before its first call, how many are on their way."""
 
     def take_back(self) -> list[Call]:
         """Takes back what has not begun and returns it, in its order."""
+        raise NotImplementedError
+
+    def give_up(self, now: float) -> None:
+        """Gives up attempts that have taken too long; each ends with an `AttemptTimeout`."""
+
+    def next_overdue(self, now: float) -> float:
+        """Returns when, at the earliest, there may be one."""
+        del now
+        return math.inf
 
     def stop(self) -> None:
         """Lets nothing more begin. What runs still reports its end."""
+        raise NotImplementedError
 
     def join(self) -> None:
-        """Waits, once `out` is 0, until the threads of our own are gone."""
+        """Waits, once `out` is 0, until the threads of our own are gone, but for those given up."""
 
 
-class ExecutorRunner:
+def given_up(work: Work, call: Call) -> AttemptTimeout:
+    """Returns the failure of an attempt that has taken too long, and says so."""
+    log.warning(
+        "%s, %s: the attempt takes longer than %g s and is given up",
+        *(work.stage, told(call), work.attempt_timeout),
+    )
+    return AttemptTimeout(f"the attempt took longer than attempt_timeout={work.attempt_timeout:g} s")
+
+
+class ExecutorRunner(Runner):
     """One future an attempt, on an executor that others may use too and that is not ours to end."""
 
     def __init__(self, work: Work, executor: Executor, completions: Completions, clock: Clock) -> None:
@@ -115,9 +144,6 @@ class ExecutorRunner:
         else:
             self._work.ended(call, future.result(), None)
 
-    def expect(self, calls: int) -> None:
-        pass
-
     def take_back(self) -> list[Call]:
         # One by one, since `shutdown(cancel_futures=True)` is not ours to call; running ones refuse.
         back = [call for call, future in self._futures.items() if future.cancel()]
@@ -129,11 +155,8 @@ class ExecutorRunner:
     def stop(self) -> None:
         self.take_back()
 
-    def join(self) -> None:
-        pass
 
-
-class PoolRunner:
+class PoolRunner(Runner):
     """A pool of threads whose tasks go on: after a success with the next call that was handed over.
 
     A future an attempt costs 33 µs; a task that goes on 5. It ends after a failure, so that little
@@ -147,8 +170,12 @@ class PoolRunner:
         self._work = work
         self._completions = completions
         self._clock = clock
-        self._pool = ThreadPoolExecutor(work.workers, "twostage")
+        # Those that are given up keep their threads, and others take their places.
+        threads = work.workers if work.attempt_timeout is None else 2 * work.workers
+        self._pool = ThreadPoolExecutor(threads, "twostage")
         self._tasks = 0
+        # Attempts that run, if they can be given up: who takes one out first, its end or that, has it.
+        self._running: dict[object, Call] | None = None if work.attempt_timeout is None else {}
         self._stopped = False
         self._queue: SimpleQueue[Call | None] = SimpleQueue()
         self._first: deque[Call] = deque()
@@ -180,10 +207,13 @@ class PoolRunner:
                     )
                 raise
             self._tasks += 1
-            self._completions.add(task, (self._task_ended, None, None, None))
+            self._completions.add(task, (self._task_ended, task, None, None))
 
-    def _task_ended(self, _subject: object, _answer: object, _error: BaseException | None) -> None:
-        self._tasks -= 1
+    def _task_ended(self, task: Future[bool], _answer: object, _error: BaseException | None) -> None:
+        if task.result():
+            self._tasks -= 1
+        else:
+            self.given_up -= 1
         if not self._stopped:
             self._grow(self.out)
 
@@ -191,10 +221,19 @@ class PoolRunner:
         self.out -= 1
         self._work.ended(call, answer, error)
 
-    def _go_on(self) -> None:
-        """Makes attempts, one after the other; runs in a thread of the pool."""
+    def _go_on(self) -> bool:
+        """Makes attempts, one after the other; runs in a thread of the pool.
+
+        Returns:
+            Whether it is still one of its workers; not if its last attempt was given up.
+        """
         _, fetch, argument, *_ = self._work
-        clock, put, attempt_ended = self._clock, self._completions.put, self._attempt_ended
+        clock, put, attempt_ended, running = (
+            self._clock,
+            self._completions.put,
+            self._attempt_ended,
+            self._running,
+        )
         end = clock() + TASK_TIME
         while clock() < end:
             try:
@@ -202,20 +241,50 @@ class PoolRunner:
             except IndexError:
                 continue  # another worker took it
             except Empty:
-                return
+                return True
             if call is None:
                 if self._stopped:
-                    return
+                    return True
                 continue  # the ticket of a call in `_first`, which somebody may have taken already
             call.began = clock()
+            attempt = None
+            if running is not None:
+                attempt = object()
+                running[attempt] = call
             try:
                 answer = fetch(argument(call))
             except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
+                if running is not None and running.pop(attempt, None) is None:
+                    return False
                 put((attempt_ended, call, None, without_our_frames(error)))
                 del call  # the error's traceback holds this frame, and the call may hold the error
-                return
+                return True
+            if running is not None and running.pop(attempt, None) is None:
+                return False
             put((attempt_ended, call, answer, None))
             del call, answer  # nothing of an attempt is kept while the next is waited for
+        return True
+
+    def give_up(self, now: float) -> None:
+        for attempt, call in self._overdue(now):
+            assert self._running is not None  # noqa: S101 - for the type checker
+            if self._running.pop(attempt, None) is not None:
+                self._tasks -= 1
+                self.given_up += 1
+                self._attempt_ended(call, None, given_up(self._work, call))
+        self._grow(self.out)
+
+    def next_overdue(self, now: float) -> float:
+        running = list((self._running or {}).copy().values())
+        if not self.out:
+            return math.inf
+        return min([now, *(call.began for call in running)]) + (self._work.attempt_timeout or math.inf)
+
+    def _overdue(self, now: float) -> list[tuple[object, Call]]:
+        if self._running is None or self._work.attempt_timeout is None:
+            return []
+        began = now - self._work.attempt_timeout
+        return [(attempt, call) for attempt, call in self._running.copy().items() if call.began <= began]
 
     def take_back(self) -> list[Call]:
         back: list[Call] = []
@@ -241,10 +310,10 @@ class PoolRunner:
             self._queue.put(None)
 
     def join(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=not self.given_up, cancel_futures=True)
 
 
-class SourceRunner:
+class SourceRunner(Runner):
     """Reads a source item by item, in a daemon thread of its own, which closes it as well."""
 
     def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
@@ -278,9 +347,6 @@ class SourceRunner:
     def _read(self, call: Call, read: object, error: BaseException | None) -> None:
         self.out -= 1
         self._ended(call, read, error)
-
-    def expect(self, calls: int) -> None:
-        pass
 
     def take_back(self) -> list[Call]:
         back: list[Call] = []

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from numbers import Real
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -18,33 +13,21 @@ from typing import (
     TypedDict,
     TypeVar,
     Unpack,
-    cast,
     final,
     overload,
 )
 
+from twostage.checks import Failures, check_bool, check_function, failure_test, positive_int, positive_seconds
 from twostage.errors import warn
+from twostage.gates import Rates, rates_of
+from twostage.pace import PATIENCE
 from twostage.retry import RetryPolicy, check_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from concurrent.futures import Executor
 
-__all__ = [
-    "Answers",
-    "Default",
-    "Failures",
-    "Many",
-    "Stage",
-    "check_bool",
-    "check_function",
-    "failure_test",
-    "positive_int",
-    "positive_seconds",
-]
-
-Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
-"""Which exceptions are meant: their type, several types, or a function that says so of one."""
+__all__ = ["Answers", "Default", "Many", "Stage"]
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -67,6 +50,11 @@ class Options(TypedDict, total=False):
     retry: RetryPolicy | Default
     bisect: bool | Failures
     retry_missing: bool
+    rate: Rates
+    adaptive: bool
+    pause: bool
+    patience: float | None
+    attempt_timeout: float | None
 
 
 @final
@@ -117,6 +105,16 @@ class Stage(Generic[InT_contra, OutT_co]):
             400, 413 and 422, and `ValueError` itself. `False`: none.
         retry_missing: Whether items that are left out of a batch's mapping are asked for again, as often
             as `retry` has it. Off, they fail with `MissingToken`.
+        rate: How many attempts begin in a second, or a `Rate`, or several, all of which hold. Default: any.
+        adaptive: Whether the number of attempts at once is found out, up to `workers`: it falls when the API
+            says that they are too many, and grows while it does not. Default: no.
+        pause: Whether an answer that asks for a wait (by `Retry-After`) holds back the whole stage. Off, it
+            holds back its own call.
+        patience: For how many seconds an API that has answered before is waited for if it is down or only
+            says that calls are too many, before `retry` alone decides. `None`: for ever.
+        attempt_timeout: How many seconds an attempt may take. One that takes longer fails with
+            `AttemptTimeout` and is given up, though its thread runs on: the client's own timeout is the
+            better one. Not with an `executor`. Default: no limit.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -134,6 +132,11 @@ class Stage(Generic[InT_contra, OutT_co]):
     many: bool | Default
     bisect: bool | Failures
     retry_missing: bool
+    rate: Rates
+    adaptive: bool
+    pause: bool
+    patience: float | None
+    attempt_timeout: float | None
 
     @overload
     def __init__(
@@ -171,7 +174,7 @@ class Stage(Generic[InT_contra, OutT_co]):
         many: Literal[False] | Default = ...,
         **options: Unpack[Options],
     ) -> None: ...
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a stage's settings
         self,
         fetch: Callable[[Any], Any],
         *,
@@ -182,6 +185,11 @@ class Stage(Generic[InT_contra, OutT_co]):
         many: bool | Default = ONE_TOKEN_AN_ITEM,
         bisect: bool | Failures = True,
         retry_missing: bool = False,
+        rate: Rates = None,
+        adaptive: bool = False,
+        pause: bool = True,
+        patience: float | None = PATIENCE,
+        attempt_timeout: float | None = None,
     ) -> None:
         check_function(fetch, "fetch")
         if hasattr(fetch, "retry_with") and hasattr(fetch, "statistics"):
@@ -194,10 +202,7 @@ class Stage(Generic[InT_contra, OutT_co]):
             batch_size = positive_int(batch_size, "batch_size")
         if not isinstance(workers, Default):
             workers = positive_int(workers, "workers")
-        if executor is not None and (
-            isinstance(executor, type) or not callable(getattr(executor, "submit", None))
-        ):
-            raise TypeError(f"executor is {executor!r}; expected a concurrent.futures.Executor")
+        _check_executor(executor)
         if not isinstance(retry, Default):
             retry = check_policy(retry, "retry")
         if not isinstance(many, Default):
@@ -205,6 +210,16 @@ class Stage(Generic[InT_contra, OutT_co]):
         if not isinstance(bisect, bool):
             failure_test(bisect, "bisect")
         check_bool(retry_missing, "retry_missing")
+        rates_of(rate, "rate")
+        check_bool(adaptive, "adaptive")
+        check_bool(pause, "pause")
+        patience = _seconds(patience, "patience")
+        attempt_timeout = _seconds(attempt_timeout, "attempt_timeout")
+        if attempt_timeout is not None and executor is not None:
+            raise TypeError(
+                "attempt_timeout is given beside an executor, whose threads are not ours to replace; "
+                "expected one of the two"
+            )
         settings = {
             "fetch": fetch,
             "batch_size": batch_size,
@@ -214,83 +229,22 @@ class Stage(Generic[InT_contra, OutT_co]):
             "many": many,
             "bisect": bisect,
             "retry_missing": retry_missing,
+            "rate": rate,
+            "adaptive": adaptive,
+            "pause": pause,
+            "patience": patience,
+            "attempt_timeout": attempt_timeout,
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)
 
 
-def positive_int(number: object, name: str) -> int:
-    """Returns `number` as an `int` from 1; numpy's integers are welcome, `True` is none.
-
-    Raises:
-        TypeError: It is no integer.
-        ValueError: It is below 1.
-    """
-    try:
-        value = operator.index(cast("int", None if isinstance(number, bool) else number))
-    except TypeError:
-        raise TypeError(f"{name} is {number!r}; expected an integer of at least 1") from None
-    if value < 1:
-        raise ValueError(f"{name} is {value}; expected an integer of at least 1")
-    return value
+def _check_executor(executor: object) -> None:
+    if executor is not None and (
+        isinstance(executor, type) or not callable(getattr(executor, "submit", None))
+    ):
+        raise TypeError(f"executor is {executor!r}; expected a concurrent.futures.Executor")
 
 
-def positive_seconds(seconds: object, name: str) -> float:
-    """Returns `seconds` as a `float` above 0 and below infinity.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is not in this range.
-    """
-    if isinstance(seconds, bool) or not isinstance(seconds, Real):
-        raise TypeError(f"{name} is {seconds!r}; expected a number of seconds")
-    value = float(seconds)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {seconds!r}; expected a number of seconds above 0")
-    return value
-
-
-def check_bool(value: object, name: str) -> None:
-    """Checks that `value` is true or false, and not only true- or false-like.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; expected True or False")
-
-
-def failure_test(kinds: object, name: str) -> Callable[[Exception], bool]:
-    """Returns a function that says whether an exception is of `kinds`.
-
-    Raises:
-        TypeError: They are neither exception types nor a function.
-    """
-    types = kinds if isinstance(kinds, tuple) else (kinds,)
-    if types and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in types):
-        return lambda error: isinstance(error, types)
-    if isinstance(kinds, type) or not callable(kinds):
-        raise TypeError(
-            f"{name} is {kinds!r}; expected an exception type, a tuple of them, "
-            "or a function that takes an exception"
-        )
-    check_function(kinds, name)
-    return cast("Callable[[Exception], bool]", kinds)
-
-
-def check_function(function: object, name: str) -> None:
-    """Checks that `function` is a plain callable.
-
-    Raises:
-        TypeError: It can't be called, or is a coroutine function.
-    """
-    if not callable(function):
-        raise TypeError(f"{name} is {function!r}; expected a function")
-    inner: object = function
-    while isinstance(inner, partial):
-        inner = inner.func
-    for candidate in (inner, getattr(type(inner), "__call__", None)):  # noqa: B004 - not "is it callable?"
-        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
-            raise TypeError(
-                f"{name} is a coroutine function ({inner!r}); expected a plain function, called in threads"
-            )
+def _seconds(seconds: object, name: str) -> float | None:
+    return None if seconds is None else positive_seconds(seconds, name)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 from twostage.calls import Batch, ListedToken
 from twostage.driver import world
 from twostage.errors import without_our_frames
-from twostage.runners import Work
+from twostage.runners import Runner, Work, given_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -241,8 +241,8 @@ class VirtualTime:
             return False
         self._now = max(self._now, instant)
         while self._ends and self._ends[0][0] <= self._now:
-            _, _, runner, call, answer, error = heapq.heappop(self._ends)
-            runner.end(call, answer, error)
+            _, attempt, runner, call, answer, error = heapq.heappop(self._ends)
+            runner.end(attempt, call, answer, error)
         for driver in self._drivers:
             if driver.inbox or driver.due() <= self._now:
                 driver.handle(self._now)
@@ -261,7 +261,9 @@ class VirtualTime:
         except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
             failure = without_our_frames(error)
         end, self._elapsed = self._now + self._elapsed, None
-        heapq.heappush(self._ends, (end, next(self._tie), runner, call, answer, failure))
+        attempt = next(self._tie)
+        runner.running[attempt] = call
+        heapq.heappush(self._ends, (end, attempt, runner, call, answer, failure))
 
     def _record(self, happening: str, what: str) -> None:
         if self._log is not None:
@@ -336,7 +338,7 @@ class _VirtualDriver:
         pass
 
 
-class _VirtualRunner:
+class _VirtualRunner(Runner):
     """A pool of virtual workers: after a success one goes on at once, after a failure when it is told."""
 
     def __init__(self, driver: _VirtualDriver, virtual: VirtualTime, work: Work) -> None:
@@ -347,6 +349,7 @@ class _VirtualRunner:
         self._work = work
         self._queue: deque[Call] = deque()
         self._first: deque[Call] = deque()
+        self.running: dict[int, Call] = {}  # attempts that were not given up
 
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         self.out += len(calls)
@@ -360,7 +363,10 @@ class _VirtualRunner:
             self._virtual._record("begin", _name(self._work.stage, call))  # noqa: SLF001 - one simulation in two classes
             self._virtual._attempt(self, call, self._work.fetch, self._work.argument(call))  # noqa: SLF001
 
-    def end(self, call: Call, answer: object, error: BaseException | None) -> None:
+    def end(self, attempt: int, call: Call, answer: object, error: BaseException | None) -> None:
+        if self.running.pop(attempt, None) is None:
+            self._driver.send((self._given_up_ended, None, None, None))
+            return
         failure = "" if error is None else f", {type(error).__name__}"
         self._virtual._record("end", _name(self._work.stage, call) + failure)  # noqa: SLF001
         self.idle += 1
@@ -372,8 +378,22 @@ class _VirtualRunner:
         self.out -= 1
         self._work.ended(call, answer, error)
 
-    def expect(self, calls: int) -> None:
-        pass
+    def _given_up_ended(self, _subject: object, _answer: object, _error: BaseException | None) -> None:
+        self.given_up -= 1
+
+    def give_up(self, now: float) -> None:
+        for attempt, call in list(self.running.items()):
+            if call.began + (self._work.attempt_timeout or math.inf) <= now:
+                del self.running[attempt]
+                self._virtual._record("give up", _name(self._work.stage, call))  # noqa: SLF001 - as above
+                self.idle += 1
+                self.given_up += 1
+                self._attempt_ended(call, None, given_up(self._work, call))
+
+    def next_overdue(self, now: float) -> float:
+        del now
+        began = min((call.began for call in self.running.values()), default=math.inf)
+        return began + (self._work.attempt_timeout or math.inf)
 
     def take_back(self) -> list[Call]:
         back = [*self._first, *self._queue]
@@ -384,9 +404,6 @@ class _VirtualRunner:
 
     def stop(self) -> None:
         self.take_back()
-
-    def join(self) -> None:
-        pass
 
 
 class _VirtualReader(_VirtualRunner):

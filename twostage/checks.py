@@ -1,0 +1,95 @@
+"""Whether arguments are what they should be: if not, their names, values and what is expected are told."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from functools import partial
+from numbers import Real
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Failures", "check_bool", "check_function", "failure_test", "positive_int", "positive_seconds"]
+
+Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
+"""Which exceptions are meant: their type, several types, or a function that says so of one."""
+
+
+def positive_int(number: object, name: str) -> int:
+    """Returns `number` as an `int` from 1; numpy's integers are welcome, `True` is none.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is below 1.
+    """
+    try:
+        value = operator.index(cast("int", None if isinstance(number, bool) else number))
+    except TypeError:
+        raise TypeError(f"{name} is {number!r}; expected an integer of at least 1") from None
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected an integer of at least 1")
+    return value
+
+
+def positive_seconds(seconds: object, name: str) -> float:
+    """Returns `seconds` as a `float` above 0 and below infinity.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not in this range.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise TypeError(f"{name} is {seconds!r}; expected a number of seconds")
+    value = float(seconds)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {seconds!r}; expected a number of seconds above 0")
+    return value
+
+
+def check_bool(value: object, name: str) -> None:
+    """Checks that `value` is true or false, and not only true- or false-like.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def failure_test(kinds: object, name: str) -> Callable[[Exception], bool]:
+    """Returns a function that says whether an exception is of `kinds`.
+
+    Raises:
+        TypeError: They are neither exception types nor a function.
+    """
+    types = kinds if isinstance(kinds, tuple) else (kinds,)
+    if types and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in types):
+        return lambda error: isinstance(error, types)
+    if isinstance(kinds, type) or not callable(kinds):
+        raise TypeError(
+            f"{name} is {kinds!r}; expected an exception type, a tuple of them, "
+            "or a function that takes an exception"
+        )
+    check_function(kinds, name)
+    return cast("Callable[[Exception], bool]", kinds)
+
+
+def check_function(function: object, name: str) -> None:
+    """Checks that `function` is a plain callable.
+
+    Raises:
+        TypeError: It can't be called, or is a coroutine function.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} is {function!r}; expected a function")
+    inner: object = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    for candidate in (inner, getattr(type(inner), "__call__", None)):  # noqa: B004 - not "is it callable?"
+        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
+            raise TypeError(
+                f"{name} is a coroutine function ({inner!r}); expected a plain function, called in threads"
+            )
