@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,13 @@ def _no_thread_is_left() -> Iterator[None]:
     for thread in left:
         thread.join(5)  # an abandoned job's end is on its way; one that hangs is what this is about
     assert not [thread for thread in left if thread.is_alive()]
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import http.client
-import os
 import socket
 import ssl
 import subprocess
@@ -24,6 +22,16 @@ import httpx
 import pytest
 import requests
 import urllib3
+from requesting import (
+    aiohttp_get,
+    failure_of,
+    http_client_get,
+    httpx_get,
+    requests_get,
+    urllib3_get,
+    urllib3_get_once,
+    urllib_get,
+)
 
 from twostage import is_transient
 from twostage.clients import status_of
@@ -32,72 +40,12 @@ from twostage.transient import TRANSIENT_STATUSES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LONG = 10.0
-"""A time limit that no test reaches."""
-
-
-def requests_get(url: str, timeout: float = LONG) -> None:
-    requests.get(url, timeout=timeout).raise_for_status()
-
-
-def httpx_get(url: str, timeout: float = LONG) -> None:
-    httpx.get(url, timeout=timeout).raise_for_status()
-
-
-def aiohttp_get(url: str, timeout: float = LONG) -> None:
-    async def get() -> None:
-        limit = aiohttp.ClientTimeout(timeout)
-        async with aiohttp.ClientSession(timeout=limit) as session, session.get(url) as response:
-            response.raise_for_status()
-            await response.read()
-
-    asyncio.run(get())
-
-
-def urllib_get(url: str, timeout: float = LONG) -> None:
-    try:
-        # An opener of its own: the shared one keeps the proxies that it was made with.
-        with urllib.request.build_opener().open(url, timeout=timeout) as response:
-            response.read()
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise
-
-
-def urllib3_get(url: str, timeout: float = LONG) -> None:
-    with urllib3.PoolManager() as pool:
-        pool.request("GET", url, timeout=timeout)
-
-
-def urllib3_get_once(url: str, timeout: float = LONG) -> None:
-    with urllib3.PoolManager() as pool:
-        pool.request("GET", url, timeout=timeout, retries=False)
-
-
-def http_client_get(url: str, timeout: float = LONG) -> None:
-    scheme, _, rest = url.partition("://")
-    host, _, path = rest.partition("/")
-    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, timeout=timeout)
-    try:
-        connection.request("GET", f"/{path}")
-        connection.getresponse().read()
-    finally:
-        connection.close()
-
-
 STATUS_CLIENTS = [requests_get, httpx_get, aiohttp_get, urllib_get]
 CLIENTS = [*STATUS_CLIENTS, urllib3_get, urllib3_get_once, http_client_get]
 
 each_client = pytest.mark.parametrize("get", CLIENTS)
 
-
-def failure_of(get: Callable[..., None], url: str, timeout: float = LONG) -> Exception:
-    try:
-        get(url, timeout)
-    except Exception as error:  # noqa: BLE001 - whatever the client raises
-        return error
-    pytest.fail("the request did not fail")
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
 ANSWERS = {
@@ -128,13 +76,6 @@ def server() -> Iterator[str]:
     socket.create_connection(listener.getsockname()).close()
     thread.join()
     listener.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
 
 
 # --- what real clients raise
@@ -245,7 +186,8 @@ def test_proxy_out_of_reach_is_transient(get: Callable[..., None], monkeypatch: 
 
 
 def test_no_client_is_imported() -> None:
-    code = "import sys, twostage; print(*{'httpx', 'requests', 'urllib3', 'aiohttp'} & set(sys.modules))"
+    names = {"aiohttp", "azure", "botocore", "google", "grpc", "httpx", "openai", "requests", "urllib3"}
+    code = f"import sys, twostage; print(*{names} & set(sys.modules))"
     imported = subprocess.check_output([sys.executable, "-c", code], text=True)  # noqa: S603 - our own code
     assert imported.split() == []
 

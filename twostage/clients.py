@@ -8,10 +8,30 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["CHAIN_LIMIT", "aws_code_of", "behind", "causes", "headers_of", "status_of"]
+__all__ = ["CHAIN_LIMIT", "behind", "causes", "class_names", "code_of", "headers_of", "status_of"]
 
 CHAIN_LIMIT = 10
 """How many causes are looked at; a chain can be a circle."""
+
+# The "HTTP Mapping" of google/rpc/code.proto (in https://github.com/googleapis/googleapis). DATA_LOSS is
+# left out: there it is a 500, and a 500 passes, but data that is lost does not come back.
+GRPC_STATUSES = {
+    "CANCELLED": 499,
+    "UNKNOWN": 500,
+    "INVALID_ARGUMENT": 400,
+    "DEADLINE_EXCEEDED": 504,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "PERMISSION_DENIED": 403,
+    "RESOURCE_EXHAUSTED": 429,
+    "FAILED_PRECONDITION": 400,
+    "ABORTED": 409,
+    "OUT_OF_RANGE": 400,
+    "UNIMPLEMENTED": 501,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "UNAUTHENTICATED": 401,
+}
 
 
 def status_of(error: BaseException) -> int | None:
@@ -29,7 +49,7 @@ def status_of(error: BaseException) -> int | None:
     for status in statuses:
         if isinstance(status, int) and not isinstance(status, bool) and 100 <= status <= 599:  # noqa: PLR2004
             return int(status)
-    return None
+    return GRPC_STATUSES.get(_grpc_code_of(error) or "")
 
 
 def headers_of(error: BaseException) -> dict[str, str] | None:
@@ -49,10 +69,10 @@ def headers_of(error: BaseException) -> dict[str, str] | None:
     return None
 
 
-def aws_code_of(error: BaseException) -> str | None:
-    """Returns the code of an AWS error, as botocore's `ClientError` carries it, or `None`."""
+def code_of(error: BaseException) -> str | None:
+    """Returns the name that AWS (by botocore) or gRPC gives to the failure, as "SlowDown" or "ABORTED"."""
     code = _item(_item(_read(error, "response"), "Error"), "Code")
-    return code if isinstance(code, str) else None
+    return code if isinstance(code, str) else _grpc_code_of(error)
 
 
 def causes(error: BaseException) -> Iterator[Exception]:
@@ -66,9 +86,27 @@ def causes(error: BaseException) -> Iterator[Exception]:
 
 
 def behind(error: BaseException) -> BaseException | None:
-    """Returns the cause that a client names: urllib and urllib3 do it by an attribute or an argument."""
-    named = (_read(error, "reason"), error.__cause__, *error.args[:1])
+    """Returns the cause that a client names: urllib, urllib3 and azure by an attribute or an argument."""
+    named = (_read(error, "reason"), _read(error, "inner_exception"), error.__cause__, *error.args[:1])
     return next((cause for cause in named if isinstance(cause, BaseException)), None)
+
+
+def class_names(error: BaseException) -> Iterator[tuple[str, str]]:
+    """Yields package and name of an exception's class and of those that it derives from, in MRO order."""
+    for kind in type(error).__mro__:
+        yield kind.__module__.partition(".")[0], kind.__name__
+
+
+def _grpc_code_of(error: BaseException) -> str | None:
+    """Returns the name of the gRPC status that an exception of grpcio or google-api-core carries."""
+    code = _read(error, "grpc_status_code")
+    if ("grpc", "RpcError") in class_names(error):
+        try:
+            code = error.code()  # type: ignore[attr-defined] # of each RpcError that is raised for a call
+        except Exception:  # noqa: BLE001 - the base class has none
+            return None
+    name = _read(code, "name")
+    return name if isinstance(name, str) else None
 
 
 def _read(holder: object, name: str) -> object:

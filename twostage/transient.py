@@ -8,7 +8,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from twostage.clients import CHAIN_LIMIT, aws_code_of, behind, causes, status_of
+from twostage.clients import CHAIN_LIMIT, behind, causes, class_names, code_of, status_of
 from twostage.throttling import Throttled, retry_after
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ THROTTLING_STATUSES = frozenset({429, 529})
 UNAVAILABLE = 503  # with a Retry-After it is the API's way to say "slow down"
 OUTAGE_STATUSES = frozenset({502, UNAVAILABLE, 504})
 
-# botocore's, from ThrottledRetryableChecker of botocore/retries/standard.py: most come with a status 400.
+# Both from botocore/retries/standard.py, where they are those of ThrottledRetryableChecker and
+# TransientRetryableChecker: most come with a status 400. ABORTED is gRPC's, for calls that are to be repeated
+# from further up (https://grpc.io/docs/guides/status-codes/), as the whole function is here.
 THROTTLING_CODES = frozenset(
     {
         "BandwidthLimitExceeded",
@@ -41,6 +43,7 @@ THROTTLING_CODES = frozenset(
         "TransactionInProgressException",
     }
 )
+TRANSIENT_CODES = frozenset({"ABORTED", "RequestTimeout", "RequestTimeoutException"})
 
 TRANSIENT_ERRNOS = frozenset(
     getattr(errno, name)
@@ -61,14 +64,26 @@ TRANSIENT_ERRNOS = frozenset(
 TRANSIENT_CLASSES = {
     ("aiohttp", "ClientConnectionError"): True,
     ("aiohttp", "ClientPayloadError"): True,
+    ("aiohttp", "InvalidURL"): False,
+    ("azure", "ServiceRequestError"): True,
+    ("azure", "ServiceResponseError"): True,
+    ("botocore", "ConnectionError"): True,
+    ("botocore", "HTTPClientError"): True,
+    ("botocore", "IncompleteReadError"): True,
     ("http", "BadStatusLine"): True,
     ("http", "IncompleteRead"): True,
     ("httpx", "LocalProtocolError"): False,
     ("httpx", "TransportError"): True,
     ("httpx", "UnsupportedProtocol"): False,
+    ("httpx2", "LocalProtocolError"): False,  # openai's, from its version 3 on
+    ("httpx2", "TransportError"): True,
+    ("httpx2", "UnsupportedProtocol"): False,
+    ("openai", "APIConnectionError"): True,
     ("requests", "ChunkedEncodingError"): True,
     ("requests", "ConnectionError"): True,
-    ("requests", "InvalidProxyURL"): False,
+    ("requests", "InvalidSchema"): False,
+    ("requests", "InvalidURL"): False,
+    ("requests", "MissingSchema"): False,
     ("requests", "Timeout"): True,
     ("urllib3", "NewConnectionError"): True,
     ("urllib3", "ProtocolError"): True,
@@ -126,8 +141,11 @@ def is_outage(error: BaseException) -> bool:
 
 def _kind_of(error: BaseException) -> Kind:
     for asked in causes(error):
-        if isinstance(asked, Throttled) or aws_code_of(asked) in THROTTLING_CODES:
+        code = code_of(asked)
+        if isinstance(asked, Throttled) or code in THROTTLING_CODES:
             return Kind.THROTTLED
+        if code in TRANSIENT_CODES:
+            return Kind.PASSING
         status = status_of(asked)
         if status is not None:
             return _kind_by_status(status, asked)
@@ -152,18 +170,23 @@ def _verdict_by_class(error: Exception) -> bool | None:
         return True
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
-    for kind in type(error).__mro__:
-        verdict = TRANSIENT_CLASSES.get((kind.__module__.partition(".")[0], kind.__name__))
-        if verdict is not None:
-            return verdict
-    return True if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS else None
+    verdict = _verdict_by_name(error)
+    if verdict is None and isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
+        return True
+    return verdict
+
+
+def _verdict_by_name(error: BaseException) -> bool | None:
+    return next((TRANSIENT_CLASSES[name] for name in class_names(error) if name in TRANSIENT_CLASSES), None)
 
 
 def _is_lasting(cause: BaseException) -> bool:
     """Whether it is a cause that clients wrap in a connection error although it will not pass."""
     if isinstance(cause, ssl.SSLError):
         return not isinstance(cause, LOST_IN_TLS)
-    return isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
+    if isinstance(cause, socket.gaierror):
+        return cause.errno != socket.EAI_AGAIN
+    return _verdict_by_name(cause) is False
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
