@@ -17,6 +17,7 @@ import botocore.session
 import google.api_core.exceptions
 import grpc
 import httpx
+import httpx2
 import openai
 import pytest
 import requests
@@ -37,6 +38,10 @@ def requests_get(url: str, timeout: float = LONG) -> None:
 
 def httpx_get(url: str, timeout: float = LONG) -> None:
     httpx.get(url, timeout=timeout).raise_for_status()
+
+
+def httpx2_get(url: str, timeout: float = LONG) -> None:
+    httpx2.get(url, timeout=timeout).raise_for_status()
 
 
 def aiohttp_get(url: str, timeout: float = LONG) -> None:

@@ -26,7 +26,7 @@ from twostage.throttling import LONGEST_PAUSE, retry_after
 from twostage.transient import THROTTLING_CODES, is_outage, is_throttled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from twostage.testing import VirtualTime
 
@@ -90,6 +90,16 @@ def test_throttled_for_what_is_no_number(seconds: Any) -> None:  # noqa: ANN401
 # --- retry_after
 
 
+@pytest.fixture
+def _in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where local time is not UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
@@ -104,6 +114,7 @@ def test_throttled_for_what_is_no_number(seconds: Any) -> None:  # noqa: ANN401
         ({"retry-after-ms": "9" * 5000}, sys.float_info.max / 1000),
         ({"retry-after-ms": "soon", "retry-after": "7"}, 7),
         ({"retry-after-ms": "-1", "retry-after": "7"}, 7),
+        ({"retry-after-ms": "15 s"}, None),
         ({"retry-after-ms": "inf"}, None),
         ({"retry-after-ms": "٣"}, None),
     ],
@@ -131,6 +142,7 @@ def test_malformed_value_is_not_there(value: str) -> None:
         "Sun, 06 Nov 1994 09:50:37 +0100",
     ],
 )
+@pytest.mark.usefixtures("_in_tokyo")
 def test_date_is_measured_against_the_answer_s(date: str) -> None:
     assert retry_after(answered({"Retry-After": date, "Date": DATE})) == 60
     assert retry_after(answered({"Retry-After": DATE, "Date": date})) == 0

@@ -186,7 +186,18 @@ def test_proxy_out_of_reach_is_transient(get: Callable[..., None], monkeypatch: 
 
 
 def test_no_client_is_imported() -> None:
-    names = {"aiohttp", "azure", "botocore", "google", "grpc", "httpx", "openai", "requests", "urllib3"}
+    names = {
+        "aiohttp",
+        "azure",
+        "botocore",
+        "google",
+        "grpc",
+        "httpx",
+        "httpx2",
+        "openai",
+        "requests",
+        "urllib3",
+    }
     code = f"import sys, twostage; print(*{names} & set(sys.modules))"
     imported = subprocess.check_output([sys.executable, "-c", code], text=True)  # noqa: S603 - our own code
     assert imported.split() == []

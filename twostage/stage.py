@@ -97,7 +97,8 @@ class Stage(Generic[InT_contra, OutT_co]):
             `workers` is how much of it is used. Default: a pool of threads of the job's own.
         retry: A tenacity `Retrying`, which is taken as it is; a number of attempts for the default
             policy; or `None` for calls that must not be repeated. Default: 10 attempts with growing,
-            random waits (up to 20 s), for transient failures only (see `is_transient`).
+            random waits (up to 20 s, or what the API's answer asks for, see `wait_retry_after`), for
+            transient failures only (see `is_transient`).
         many: Whether an item has many tokens (stage one only): what else is a token is then a list of
             them, and the item's result the list of their results. Default: no.
         bisect: Which failures of a batch of several items split it in two, again and again, until the bad

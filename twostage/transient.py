@@ -75,7 +75,7 @@ TRANSIENT_CLASSES = {
     ("httpx", "LocalProtocolError"): False,
     ("httpx", "TransportError"): True,
     ("httpx", "UnsupportedProtocol"): False,
-    ("httpx2", "LocalProtocolError"): False,  # openai's, from its version 3 on
+    ("httpx2", "LocalProtocolError"): False,
     ("httpx2", "TransportError"): True,
     ("httpx2", "UnsupportedProtocol"): False,
     ("openai", "APIConnectionError"): True,
@@ -107,12 +107,13 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may well succeed a moment later.
 
     An HTTP status, found on the exception or its `response`, decides alone: 408, 425, 429, 500, 502,
-    503, 504 and 529 are transient. Without one, lost connections, timeouts and unreachable networks
-    are, whether they are Python's own or those of httpx, requests, urllib3, aiohttp and http.client;
-    then the exception behind it is asked: its `reason` (as `urllib.error.URLError` has it), `__cause__`
-    or first argument. A bad URL, a certificate that does not hold, a host that does not exist, or an
-    error in the code is not. A `Throttled` is, and so is an AWS error that names throttling. Use it in a
-    policy of your own:
+    503, 504 and 529 are transient. A gRPC status counts as the HTTP status that it stands for, but ABORTED
+    is transient; so are AWS errors whose code says throttling or timeout, whatever their status, and
+    `Throttled`. Without a status, lost connections, timeouts and unreachable networks are, whether they
+    are Python's own or those of httpx, requests, urllib3, aiohttp, http.client, botocore, azure-core and
+    openai; then the exception behind it is asked: its `reason` (as `urllib.error.URLError` has it),
+    `inner_exception`, `__cause__` or first argument. A bad URL, a certificate that does not hold, a host
+    that does not exist, or an error in the code is not. Use it in a policy of your own:
 
     >>> from tenacity import Retrying, retry_if_exception, stop_after_delay
     >>> policy = Retrying(retry=retry_if_exception(is_transient), stop=stop_after_delay(60))
