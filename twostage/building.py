@@ -200,6 +200,7 @@ def build(
         ahead=second.batch_size is None and not (first.many and refreshes),
         refreshes=refreshes,
     )
+    token_line.pace.partner, result_line.pace.partner = result_line.pace, token_line.pace
     twins = None if key is None else Twins()
     coordinator = Coordinator(
         token_line,

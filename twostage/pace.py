@@ -37,8 +37,9 @@ class Pace(Gate):
     the first two the stage begins at half its limit and doubles that for each limit-full of successes.
 
     The adaptive limit comes down to what was running when the API refused a call, for that is what it
-    takes, though to no less than half in a round trip. It grows by 1 for each limit-full of successes,
-    then by 2, 4, 8: so it starts fast, follows an API that takes more, and exceeds one that does not by 1.
+    takes, though to no less than half in a round trip. It grows by 1 after two limit-fulls of successes,
+    then by 2, 4, 8 after one: so it starts fast, follows an API that takes more, and exceeds by 1 one that
+    does not.
 
     Args:
         name: What messages call the stage.
@@ -48,11 +49,14 @@ class Pace(Gate):
         adaptive: Whether the limit is found out.
 
     Attributes:
+        partner: The pace of the other stage, whose API is likely to be the same one.
         slows: Whether the stage may not run at its full pace now; if not, it is no gate.
         watches: Whether it wants to hear of a success; if not, `succeeded_at` is to be set, no more.
         succeeded_at: When the last success was.
         paused: How many seconds the stage has been held back in all; of a pause that goes on its whole.
     """
+
+    partner: Pace | None = None
 
     def __init__(
         self, name: str, workers: int, *, pause: bool, patience: float | None, adaptive: bool
@@ -94,6 +98,11 @@ class Pace(Gate):
             self._full = True
             return math.inf
         return max(now, self._next_start)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the API seems to be down."""
+        return self._down_since is not None
 
     @property
     def _at_once(self) -> int:
@@ -185,7 +194,7 @@ class Pace(Gate):
     def _come_down(self, limit: float) -> None:
         self._limit = max(1.0, self._least, min(self._limit - 1, limit))
         self._step = 1.0
-        self._successes = 0
+        self._successes = -self._at_once  # a limit-full is let by before the next attempt to grow
 
     def _pause(self, now: float, until: float, level: int) -> None:
         longer = until - max(now, self._resumes)
@@ -210,7 +219,8 @@ class Pace(Gate):
         if self.succeeded_at is None or self._given_up:
             return False
         self._lost.add(call)
-        if len(self._lost) < max(self._limit, LEAST_LOST):
+        # A stage that waits for the other one has too few calls to find out by itself.
+        if len(self._lost) < max(self._limit, LEAST_LOST) and not (self.partner and self.partner.is_down):
             return False
         self._down_since = self._next_probe = now
         self._probes = 0
