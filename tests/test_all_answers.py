@@ -17,22 +17,16 @@ from common import PATIENCE
 from tenacity import wait_random
 
 from twostage import MissingToken, Stage, iter_two_stage, run_two_stage
-from twostage.__main__ import PATIENT
-from twostage._embedded_api import (
-    ApiError,
-    Client,
-    EmbeddedApi,
-    ExpiredToken,
-    orders_of,
-    result_of,
-    token_of,
-)
+from twostage._embedded_answers import ApiError, ExpiredToken, orders_of, result_of, token_of
+from twostage._embedded_api import EmbeddedApi
+from twostage._embedded_client import Client
+from twostage._ways_through_faults import PATIENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from twostage import Outcome
-    from twostage._embedded_api import Faults, Item
+    from twostage._embedded_answers import Faults, Item
 
 FAULTS: Final = {
     "errors": 0.02,

@@ -15,8 +15,11 @@ import pytest
 import tenacity
 
 import twostage.__main__ as demonstration
+from twostage import _ways_through_faults as ways
 from twostage import run_two_stage
-from twostage._embedded_api import FAULTS, ApiError, Client, EmbeddedApi, Faults, result_of, token_of
+from twostage._embedded_answers import FAULTS, ApiError, Faults, result_of, token_of
+from twostage._embedded_api import EmbeddedApi
+from twostage._embedded_client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -273,7 +276,7 @@ def written(shares: dict[str, float]) -> str:
 
 @pytest.fixture
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demonstration, "PATIENT", demonstration.PATIENT.copy(wait=tenacity.wait_none()))
+    monkeypatch.setattr(ways, "PATIENT", ways.PATIENT.copy(wait=tenacity.wait_none()))
 
 
 def extras_of(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, dict[str, int], str]:
@@ -338,19 +341,19 @@ def test_shares_of_errors_alone_leave_the_four_ways(faults: str, capsys: pytest.
 def test_faults_that_use_up_the_attempts_are_an_error(
     faults: str, failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasty = demonstration.PATIENT.copy(stop=tenacity.stop_after_attempt(2))
-    monkeypatch.setattr(demonstration, "PATIENT", hasty)
+    hasty = ways.PATIENT.copy(stop=tenacity.stop_after_attempt(2))
+    monkeypatch.setattr(ways, "PATIENT", hasty)
     expected = rf": a call failed for good \(.*{failure}.*\); try a smaller --faults$"
     with pytest.raises(SystemExit, match=expected):
         demonstration.main(["--items", "20", "--faults", faults])
 
 
 @pytest.mark.usefixtures("_hasty", "quick")
-@pytest.mark.parametrize("way", ["one_item_a_call_with_faults", "by_key", "both_by_key", "orders_by_key"])
+@pytest.mark.parametrize("way", ["one_item_a_call", "by_key", "both_by_key", "orders_by_key"])
 def test_wrong_outcomes_of_any_way_are_an_error(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(demonstration, way)
+    right = getattr(ways, way)
     for wrong in (lose_the_order, lose_one, mistake_one):
-        monkeypatch.setattr(demonstration, way, lambda *arguments, wrong=wrong: wrong(right(*arguments)))
+        monkeypatch.setattr(ways, way, lambda *arguments, wrong=wrong: wrong(right(*arguments)))
         with pytest.raises(SystemExit, match=r": wrong results, or not in the order of the items$"):
             demonstration.main(["--items", "10", "--faults", "expired=0.1"])
 

@@ -11,11 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from twostage._embedded_api import (
+from twostage._embedded_answers import (
     FAULTS,
     ApiError,
-    Client,
-    EmbeddedApi,
     ExpiredToken,
     Faults,
     is_pending,
@@ -23,11 +21,13 @@ from twostage._embedded_api import (
     result_of,
     token_of,
 )
+from twostage._embedded_api import EmbeddedApi
+from twostage._embedded_client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from twostage._embedded_api import Item
+    from twostage._embedded_answers import Item
 
 IDS: Sequence[Item] = [*range(50), *map(str, range(50))]
 

@@ -17,15 +17,16 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from twostage import Stage, iter_two_stage, run_two_stage
-from twostage._embedded_api import MOST_IDS, ApiError, EmbeddedApi, result_of, token_of
-from twostage._embedded_api import Client as PlainClient
+from twostage._embedded_answers import MOST_IDS, ApiError, result_of, token_of
+from twostage._embedded_api import EmbeddedApi
+from twostage._embedded_client import Client as PlainClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from twostage import Outcome
-    from twostage._embedded_api import Item, Result
+    from twostage._embedded_answers import Item, Result
 
 TOKEN_WORKERS = 3
 RESULT_WORKERS = 8

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from twostage._embedded_api import EmbeddedApi, orders_of, result_of, token_of
+from twostage._embedded_answers import orders_of, result_of, token_of
+from twostage._embedded_api import EmbeddedApi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,32 +12,24 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    retry_if_result,
-    stop_after_attempt,
-    wait_random_exponential,
-)
+from tenacity import Retrying, stop_after_attempt, wait_random_exponential
 
-from twostage import MissingToken, Stage, is_transient, run_two_stage
-from twostage._embedded_api import (
+from twostage import MissingToken, run_two_stage
+from twostage import _ways_through_faults as ways
+from twostage._embedded_answers import (
     FAULTS,
     LASTING,
     MOST_IDS,
     ApiError,
-    Client,
-    EmbeddedApi,
-    ExpiredToken,
     Faults,
     Item,
     Result,
-    is_pending,
     orders_of,
     result_of,
     token_of,
 )
+from twostage._embedded_api import EmbeddedApi
+from twostage._embedded_client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,23 +60,6 @@ than in most jobs. Nothing leaves this machine.
 
 COLUMNS: Final = ("seconds", "attempts", "retries", "speed-up")
 COLUMNS_OF_FAULTS: Final = ("seconds", "attempts", "extra")
-
-
-def answered_ten_times(state: RetryCallState) -> bool:
-    """Whether it was asked for ten times and the last request did not fail, or twenty times.
-
-    An id that is left out ten times does not exist; but a request that fails does not say so.
-    """
-    error = state.outcome and state.outcome.exception()
-    return state.attempt_number >= (20 if error and is_transient(error) else 10)
-
-
-PATIENT: Final = Retrying(
-    retry=retry_if_exception(is_transient) | retry_if_result(is_pending),
-    stop=answered_ten_times,
-    wait=wait_random_exponential(multiplier=0.02, max=1),
-)
-"""The policy where faults are named: a result that is not ready yet is asked for again, too."""
 
 
 class Row(NamedTuple):
@@ -215,15 +190,20 @@ def run_all_with_faults(options: argparse.Namespace) -> list[Row]:
     alone = f"one item a call, {options.result_workers} + {options.result_workers} workers"
     workers = f"{options.token_workers} + {options.result_workers} workers"
     return [
-        measure(alone, one_item_a_call_with_faults, items, options),
-        measure(f"tokens by key, batches of {size}, {workers}", by_key, items, options, size),
+        measure(alone, ways.one_item_a_call, items, options),
+        measure(f"tokens by key, batches of {size}, {workers}", ways.by_key, items, options, size),
         measure(
             f"results by key too, batches of {size} and {size}, {workers}",
-            *(both_by_key, items, options, size),
+            *(ways.both_by_key, items, options, size),
             result_batch_size=size,
         ),
         measure(
-            f"orders by key, batches of {size}, {workers}", orders_by_key, items, options, size, many=True
+            f"orders by key, batches of {size}, {workers}",
+            ways.orders_by_key,
+            items,
+            options,
+            size,
+            many=True,
         ),
     ]
 
@@ -308,60 +288,6 @@ def in_batches(client: Client, items: Sequence[int], options: argparse.Namespace
         batch_size=options.batch_size,
         token_workers=options.token_workers,
         result_workers=options.result_workers,
-    )
-
-
-def one_item_a_call_with_faults(
-    client: Client, items: Sequence[int], options: argparse.Namespace
-) -> list[object]:
-    """The two stages without batches."""
-    workers = options.result_workers
-    return through_faults(
-        items, Stage(client.fetch_token, workers=workers), Stage(client.fetch_result, workers=workers)
-    )
-
-
-def by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
-    """The two stages, the first in batches that are answered by key."""
-    return through_faults(
-        items,
-        Stage(client.fetch_keyed_tokens, **by_key_options(options, options.token_workers)),
-        Stage(client.fetch_result, workers=options.result_workers),
-    )
-
-
-def both_by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
-    """The two stages, both in batches that are answered by key."""
-    return through_faults(
-        items,
-        Stage(client.fetch_keyed_tokens, **by_key_options(options, options.token_workers)),
-        Stage(client.fetch_results, **by_key_options(options, options.result_workers)),
-    )
-
-
-def orders_by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
-    """The two stages, the first in batches that are answered by key, with any number of tokens an item."""
-    return through_faults(
-        items,
-        Stage(client.fetch_keyed_orders, many=True, **by_key_options(options, options.token_workers)),
-        Stage(client.fetch_result, workers=options.result_workers),
-    )
-
-
-def by_key_options(options: argparse.Namespace, workers: int) -> dict[str, Any]:
-    """Returns what a stage is told of batches that are answered by key."""
-    # What an API has only left out for now is not told from what does not exist: both are asked for again.
-    return {
-        "batch_size": options.batch_size,
-        "workers": workers,
-        "retry_missing": "unprocessed" in options.faults,
-    }
-
-
-def through_faults(items: Sequence[int], first: Stage[Any, Any], second: Stage[Any, Any]) -> list[object]:
-    """Runs a job that ends with an outcome for each item, whatever is ordered."""
-    return run_two_stage(
-        items, first, second, retry=PATIENT, refresh_token_on=ExpiredToken, return_exceptions=True
     )
 
 
