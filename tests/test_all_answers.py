@@ -38,7 +38,7 @@ FAULTS: Final = {
     "expired": 0.04,
     "pending": 0.1,
 }
-SEED: Final = 9  # nobody is put off so often that a policy of ten attempts could give up
+SEED: Final = 9  # nobody is put off so often that a policy of twenty attempts could give up
 BATCH_SIZE: Final = 40  # of both stages
 MOST_IDS: Final = 25  # that the API takes, so that each stage learns to ask for 20
 LEARNED: Final = 20
@@ -46,7 +46,7 @@ TOKEN_WORKERS: Final = 4
 RESULT_WORKERS: Final = 3
 HELD_BACK: Final = 300  # tokens are there before stage two goes on, so that more than MOST_IDS wait
 SPLITS: Final = math.ceil(math.log2(BATCH_SIZE))  # until an item of a batch stands alone
-MOST_ANSWERS: Final = 10  # that PATIENT has for what is always left out
+MOST_ANSWERS: Final = 20  # that PATIENT has for what is always left out
 
 NUMBER: Final = 2000
 DISTINCT: Final = 1500

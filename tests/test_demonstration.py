@@ -60,17 +60,20 @@ def command(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 class QuickApi(EmbeddedApi):
-    """Answers at once, and remembers how it was made."""
+    """Answers at once; each that was made is remembered, and how."""
 
+    apis: list[QuickApi]
     made: list[dict[str, Any]]
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - as the base class
+        self.apis.append(self)
         self.made.append(settings)
         super().__init__(**{"token_latency": 0, "result_latency": 0} | settings)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> type[QuickApi]:
+    monkeypatch.setattr(QuickApi, "apis", [], raising=False)
     monkeypatch.setattr(QuickApi, "made", [], raising=False)
     monkeypatch.setattr(demonstration, "EmbeddedApi", QuickApi)
     return QuickApi
@@ -146,7 +149,8 @@ def test_each_option_is_used(
         *("--items", "10", "--batch-size", "3", "--token-workers", "2", "--result-workers", "5"),
         *("--faults", "0", "--seed", "99"),
     )
-    assert quick.made == [{"faults": {"errors": 0.0}, "seed": 99}] * 4
+    made: dict[str, Any] = {"faults": {"errors": 0.0}, "seed": 99}
+    assert quick.made == [made | {"outage_after": calls // 2} for calls in table.calls]
     assert pools == [5]
     assert jobs == [
         (list(range(10)), {"token_workers": 5, "result_workers": 5}),
@@ -266,6 +270,13 @@ ALL = {
     "unprocessed": 0.05,
     "expired": 0.1,
     "pending": 0.2,
+    "spikes": 0.01,
+    "resets": 0.02,
+    "truncated": 0.02,
+    "hangs": 0.005,
+    "throttled": 0.02,
+    "bursts": 0.02,
+    "outage": 0.01,
 }
 EXTRA = re.compile(r"(?P<way>\S.*?)  +[\d.]+  +(?P<attempts>[\d,]+)  +(?P<extra>[\d,]+)")
 
@@ -276,7 +287,7 @@ def written(shares: dict[str, float]) -> str:
 
 @pytest.fixture
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "PATIENT", ways.PATIENT.copy(wait=tenacity.wait_none()))
+    monkeypatch.setattr(ways, "PATIENT", ways.PATIENT.copy(wait=tenacity.wait_random(0, 0.02)))
 
 
 def extras_of(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, dict[str, int], str]:
@@ -309,8 +320,61 @@ def test_job_goes_through_all_faults_at_once(capsys: pytest.CaptureFixture[str])
     assert below.endswith(f"({counts[400]} refused, {counts[404]} missing, {counts[403]} denied).")
 
 
+def test_all_faults_are_tried() -> None:
+    assert list(ALL) == list(FAULTS)
+
+
+@pytest.mark.usefixtures("_hasty")
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("spikes", 0.1),
+        ("resets", 0.1),
+        ("truncated", 0.1),
+        ("hangs", 0.02),  # each takes as long as the client waits
+        ("throttled", 0.1),
+        ("bursts", 0.1),
+        ("outage", 0.02),
+    ],
+)
+def test_job_goes_through_each_fault_of_requests(
+    name: str, share: float, quick: type[QuickApi], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, extras, below = extras_of(
+        capsys, "--items", "100", "--batch-size", "10", "--faults", f"{name}={share}"
+    )
+    assert below.endswith(": 100 items have their results.")
+    assert set().union(*(api.befallen for api in quick.apis)) == {name}
+    for api, extra in zip(quick.apis, extras.values(), strict=True):
+        if name == "spikes":
+            assert extra == 0
+        elif name == "hangs":
+            assert extra >= api.befallen[name]  # on a busy machine another request may be given up, too
+        else:
+            assert extra == api.befallen[name]
+
+
+@pytest.mark.usefixtures("quick")
+def test_client_gives_up_soon_only_if_requests_hang(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timeouts: list[float] = []
+
+    def client(url: str, timeout: float) -> Client:
+        timeouts.append(timeout)
+        return Client(url, timeout)
+
+    monkeypatch.setattr(demonstration, "Client", client)
+    for faults in ("0", "hangs=0,slots=0.01", "hangs=0.01"):
+        assert demonstration.main(["--items", "2", "--faults", faults]) == 0
+    assert timeouts == [30.0] * 8 + [demonstration.GIVE_UP] * 4
+    assert demonstration.GIVE_UP < 1
+
+
 @pytest.mark.usefixtures("_hasty", "quick")
-@pytest.mark.parametrize("name", [name for name in ALL if name != "errors"])
+@pytest.mark.parametrize(
+    "name", ["missing", "denied", "refused", "slots", "unprocessed", "expired", "pending"]
+)
 def test_job_goes_through_each_fault(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, extras, below = extras_of(capsys, "--items", "100", "--batch-size", "10", "--faults", f"{name}=0.1")
     lasting = Counter(map(Faults({name: 0.1}, seed=7).lasting_status, range(100)))

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from itertools import cycle, islice
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from common import PATIENCE, until
 
+from twostage import is_transient
 from twostage._embedded_answers import (
     FAULTS,
     ApiError,
@@ -23,6 +30,7 @@ from twostage._embedded_answers import (
 )
 from twostage._embedded_api import EmbeddedApi
 from twostage._embedded_client import Client
+from twostage._embedded_fates import BURST, OUTAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +41,19 @@ IDS: Sequence[Item] = [*range(50), *map(str, range(50))]
 
 
 @contextmanager
-def served(most_ids: int = 100, seed: int = 1, **faults: float) -> Iterator[tuple[EmbeddedApi, Client]]:
+def served(
+    most_ids: int = 100, seed: int = 1, outage_after: int = 0, timeout: float = PATIENCE, **faults: float
+) -> Iterator[tuple[EmbeddedApi, Client]]:
     with (
-        EmbeddedApi(token_latency=0, result_latency=0, faults=faults, most_ids=most_ids, seed=seed) as api,
-        Client(api.url) as client,
+        EmbeddedApi(
+            token_latency=0,
+            result_latency=0,
+            faults=faults,
+            most_ids=most_ids,
+            outage_after=outage_after,
+            seed=seed,
+        ) as api,
+        Client(api.url, timeout) as client,
     ):
         yield api, client
 
@@ -145,6 +162,7 @@ def test_errors_are_drawn_for_requests() -> None:
         assert api.attempts["tokens"] == 100
         assert api.answered == {200: 100 - ends.total(), 429: ends["429"], 503: ends["503"], 0: ends["Rem"]}
         assert api.answers.ids.total() == api.answered[200]
+        assert api.befallen == {"errors": ends.total()}
 
 
 def test_missing_ids_are_left_out_by_key_and_404_in_order() -> None:
@@ -236,6 +254,7 @@ def test_slots_are_a_503_for_now(kind: str) -> None:
         assert all(10 < len(keys) < 50 for keys in failed)
         assert failed[0] != failed[1]
         assert statuses([*first.values(), *second.values()]) == {503: sum(map(len, failed))}
+        assert all(slot.headers == {} for slot in first.values() if isinstance(slot, ApiError))
 
 
 def test_expired_token_is_a_401_until_its_id_is_asked_for_again() -> None:
@@ -279,10 +298,184 @@ def test_pending_result_comes_after_a_request_or_two() -> None:
         assert pending == {token for token in tokens if api.faults.times_pending(token)}
 
 
+# --- each fault of whole requests
+
+
+def failure_of(client: Client, item: Item) -> Exception | None:
+    """Returns how a request for one id fails, if it does."""
+    try:
+        client.fetch_token(item)
+    except (ApiError, OSError, http.client.HTTPException) as error:
+        return error
+    return None
+
+
+def ends_of(client: Client, times: int) -> list[Any]:
+    """Returns how this many requests end: by 200, another status, or a type of exception."""
+    failures = [failure_of(client, item) for item in range(times)]
+    assert all(map(is_transient, filter(None, failures)))
+    return [200 if failure is None else getattr(failure, "status", type(failure)) for failure in failures]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "timeout"),
+    [
+        ("resets", ConnectionResetError, PATIENCE),
+        ("truncated", http.client.IncompleteRead, PATIENCE),
+        ("hangs", TimeoutError, 0.05),
+    ],
+)
+def test_answer_is_lost_of_a_call_that_was_carried_out(
+    fault: str, error: type[Exception], timeout: float
+) -> None:
+    faults: dict[str, Any] = {fault: 1.0}
+    with served(timeout=timeout, **faults) as (api, client):
+        calls: list[tuple[Callable[[Any], object], object]] = [
+            (client.fetch_token, "a"),
+            (client.fetch_keyed_orders, IDS),
+            (client.fetch_result, token_of("a")),
+            (client.fetch_results, [token_of("a")]),
+            (client.fetch_result, "unknown"),
+        ]
+        for fetch, asked in calls:
+            with pytest.raises(error) as raised:
+                fetch(asked)
+            assert type(raised.value) is error  # http.client has a ConnectionResetError of its own
+            assert is_transient(raised.value)
+            if isinstance(raised.value, http.client.IncompleteRead):
+                assert raised.value.partial.startswith(b'{"')
+                assert raised.value.expected is not None
+        until(lambda: api.answered.total() == len(calls))
+        assert api.answered == {0: len(calls)}
+        assert api.befallen == {fault: len(calls)}
+        assert api.answers.ids == Counter([*IDS, "a"])
+        assert api.answers.tokens == {token_of("a"): 2, "unknown": 1}
+
+
+def test_request_that_hangs_ends_with_its_server() -> None:
+    api = EmbeddedApi(faults={"hangs": 1.0})
+    with ThreadPoolExecutor(1) as pool, Client(api.url) as client:
+        with api:
+            call = pool.submit(client.fetch_token, "a")
+            until(lambda: api.befallen["hangs"])
+        with pytest.raises(http.client.RemoteDisconnected):  # and not a timeout
+            call.result()
+
+
+def test_request_that_hangs_ends_when_its_client_leaves() -> None:
+    with served(hangs=1.0, timeout=0.05) as (api, client):
+        assert ends_of(client, 3) == [TimeoutError] * 3
+        until(lambda: api.answered.total() == 3)
+        until(lambda: not any(thread.is_alive() for thread in api._connections))
+
+
+def test_throttled_request_is_told_how_long_to_wait_in_each_form() -> None:
+    found = []
+    with served(throttled=1.0) as (api, client):
+        for item in range(8):
+            with pytest.raises(ApiError, match=r"^429: a fault, as ordered$") as raised:
+                client.fetch_token(item)
+            found.append({name.lower(): text for name, text in raised.value.headers.items()})
+        assert api.answered == {429: 8}
+        assert api.befallen == {"throttled": 8}
+        assert not api.answers.ids
+    for headers in found:
+        assert int(headers.pop("content-length")) > 0
+        assert headers.pop("content-type") == "application/json"
+    for seconds, date, milliseconds, malformed in (found[:4], found[4:]):
+        assert seconds == {"retry-after": "0"}
+        assert set(date) == {"date", "retry-after"}
+        begin, end = (parsedate_to_datetime(date[name]) for name in ("date", "retry-after"))
+        assert (end - begin).total_seconds() == 1
+        assert milliseconds == {"retry-after-ms": "50"}
+        assert malformed == {"retry-after": "soon"}
+
+
+def test_bursts_befall_requests_in_a_row() -> None:
+    with served(bursts=0.3) as (api, client):
+        failures = [failure_of(client, item) for item in range(200 * BURST)]
+        runs = [failures[begin : begin + BURST] for begin in range(0, len(failures), BURST)]
+        bursts = [run for run in runs if None not in run]
+        assert 40 < len(bursts) < 80
+        assert runs.count([None] * BURST) == len(runs) - len(bursts)
+        for run in bursts:
+            errors = [error for error in run if isinstance(error, ApiError)]
+            assert statuses(errors) == {503: BURST}
+            assert {error.headers.get("Retry-After") for error in errors} == {None, "0"}
+        assert api.befallen == {"bursts": BURST * len(bursts)}
+        assert api.answered == {200: failures.count(None), 503: BURST * len(bursts)}
+        assert api.answers.ids.total() == api.answered[200]
+
+
+class Clock:
+    """Stands for the time by which an outage ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("twostage._embedded_fates.monotonic", lambda: self.now)
+
+
+def test_outage_befalls_every_request_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    down = cycle([502, 503, 504, http.client.RemoteDisconnected])
+    with served(outage=0.5, outage_after=3) as (api, client):
+        clock.now += 100  # when it begins is a matter of requests alone
+        assert ends_of(client, 3) == [200] * 3
+        assert ends_of(client, 5) == list(islice(down, 5))
+        clock.now += 0.5 * OUTAGE - 0.01
+        assert ends_of(client, 6) == list(islice(down, 6))
+        clock.now += 0.02
+        assert ends_of(client, 5) == [200] * 5
+        assert api.befallen == {"outage": 11}
+        assert api.answered == {200: 8, 502: 3, 503: 3, 504: 3, 0: 2}
+        assert api.answers.ids.total() == 8
+
+
+def test_outage_befalls_requests_that_came_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    has_begun = threading.Event()
+    with served(outage=0.5, outage_after=1) as (api, client), ThreadPoolExecutor(1) as pool:
+
+        def sleep(_: float) -> None:
+            if api.attempts.total() == 1:
+                assert has_begun.wait(PATIENCE)
+
+        monkeypatch.setattr("twostage._embedded_api.time", SimpleNamespace(sleep=sleep))
+        first = pool.submit(ends_of, client, 1)
+        until(lambda: api.attempts.total() == 1)
+        assert ends_of(client, 1) == [502]
+        has_begun.set()
+        assert first.result() == [503]
+
+
+def latencies_of(monkeypatch: pytest.MonkeyPatch, most: float, **faults: float) -> list[float]:
+    """Returns how long 50 requests take."""
+    slept: list[float] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("twostage._embedded_api.time", SimpleNamespace(sleep=slept.append))
+        with EmbeddedApi(token_latency=most, faults=faults) as api, Client(api.url) as client:
+            assert ends_of(client, 50) == [200] * 50
+            assert api.answers.ids.total() == 50
+            assert (0 < api.befallen["spikes"] < 50) == (0 < faults.get("spikes", 0) < 1)
+    return slept
+
+
+@pytest.mark.parametrize("most", [0.01, 0.03, 1.0])
+def test_spikes_take_longer(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = latencies_of(monkeypatch, most)
+    spikes = [max(latency, min(20 * latency, 0.3)) for latency in usual]
+    assert latencies_of(monkeypatch, most, spikes=1.0) == spikes
+    some = latencies_of(monkeypatch, most, spikes=0.3)
+    assert some not in (usual, spikes)
+    assert all(found in pair for found, *pair in zip(some, usual, spikes, strict=True))
+
+
 # --- the draws
 
 
-EACH: dict[str, Any] = dict.fromkeys(FAULTS, 0.1) | {"errors": 0.0, "refused": 0.0}
+EACH: dict[str, Any] = dict.fromkeys(
+    ("missing", "denied", "slots", "unprocessed", "expired", "pending"), 0.1
+)  # of ids, tokens and slots
 
 
 def told(order: Callable[[list[Item]], list[Item]], size: int) -> dict[Item, list[object]]:
@@ -304,6 +497,22 @@ def test_in_which_order_and_together_with_what_an_id_is_asked_for_changes_nothin
     first = told(list, 100)
     assert told(lambda ids: ids[::-1], 7) == first
     assert len(set(map(str, first.values()))) > 50
+
+
+def ended(order: Callable[[list[Item]], list[Item]]) -> dict[Item, list[str]]:
+    """Returns how requests end, by what they ask for, three times over."""
+    found: dict[Item, list[str]] = {item: [] for item in IDS}
+    with served(resets=0.2, truncated=0.2, throttled=0.2) as (_, client):
+        for _ in range(3):
+            for item in order(list(IDS)):
+                found[item].append(repr(failure_of(client, item)))
+    return found
+
+
+def test_in_which_order_requests_come_changes_nothing_about_what_befalls_each() -> None:
+    first = ended(list)
+    assert ended(lambda ids: ids[::-1]) == first
+    assert len(set(map(str, first.values()))) > 20
 
 
 def test_another_seed_draws_others() -> None:

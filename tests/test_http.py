@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from twostage import Outcome
     from twostage._embedded_answers import Item, Result
+    from twostage._embedded_fates import Fate
 
 TOKEN_WORKERS = 3
 RESULT_WORKERS = 8
@@ -154,9 +155,10 @@ class ScriptedApi(EmbeddedApi):
         self.statuses = list(statuses)
         self.connections = 0
 
-    def spend_attempt(self, kind: str) -> int:
-        status = super().spend_attempt(kind)
-        return self.statuses.pop(0) if kind == self.kind and self.statuses else status
+    def spend_attempt(self, kind: str, request: str) -> Fate:
+        fate = super().spend_attempt(kind, request)
+        scripted = kind == self.kind and self.statuses
+        return fate._replace(status=self.statuses.pop(0)) if scripted else fate
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as the base class
         self.connections += 1

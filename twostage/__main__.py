@@ -29,7 +29,7 @@ from twostage._embedded_answers import (
     token_of,
 )
 from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client
+from twostage._embedded_client import TIMEOUT, Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 SAMPLE = 100  # items of the plain loop: all of them would take longer than the rest together
+GIVE_UP = 0.5  # seconds after which a client ends a request, if some hang
 
 DESCRIPTION = f"""
 Runs one job in four ways and prints how long each takes: a plain loop, one thread
@@ -219,24 +220,29 @@ def measure(
     many: bool = False,
 ) -> Row:
     """Runs the job in one way, against an API of its own that draws as that of every other, and checks it."""
-    with EmbeddedApi(faults=options.faults, seed=options.seed) as api, Client(api.url) as client:
+    ordered = Faults(options.faults, seed=options.seed)
+    right = [right_outcome(ordered, item, many=many) for item in items]
+    tokens = sum(
+        len(found) if isinstance(found, list) else 1 for found in right if not isinstance(found, int)
+    )
+    calls = math.ceil(len(items) / batch_size) + math.ceil(tokens / result_batch_size)
+    timeout = GIVE_UP if options.faults.get("hangs") else TIMEOUT
+    with (
+        EmbeddedApi(faults=options.faults, seed=options.seed, outage_after=calls // 2) as api,
+        Client(api.url, timeout) as client,
+    ):
         begin = time.perf_counter()
         try:
             results = way(client, items, options)
         except (ApiError, OSError, http.client.HTTPException) as error:
             raise SystemExit(f"{name}: {failed_for_good(error)}") from error
         seconds = time.perf_counter() - begin
-    right = [right_outcome(api.faults, item, many=many) for item in items]
     outcomes = list(map(outcome_of, results))
     if outcomes != right:
         pairs = zip(results, outcomes, right, strict=False)
         errors = [result for result, *pair in pairs if isinstance(result, Exception) and pair[0] != pair[1]]
         what = failed_for_good(errors[0]) if errors else "wrong results, or not in the order of the items"
         raise SystemExit(f"{name}: {what}")
-    tokens = sum(
-        len(found) if isinstance(found, list) else 1 for found in right if not isinstance(found, int)
-    )
-    calls = math.ceil(len(items) / batch_size) + math.ceil(tokens / result_batch_size)
     return Row(name, seconds, api.attempts.total(), calls)
 
 

@@ -1,8 +1,9 @@
 """What the embedded API answers: tokens, results, and the faults that its user orders by name, in `FAULTS`.
 
-A token is a function of its id, a result one of its token: each answer can be checked. Every fault but
-`errors` is a function of the seed, the id or token, and how often that one was answered: in which order
-requests come, and what they take together, changes nothing.
+A token is a function of its id, a result one of its token: each answer can be checked. Every fault of ids,
+tokens and slots is a function of the seed, the id or token, and how often that one was answered: in which
+order requests come, and what they take together, changes nothing. `_embedded_fates.py` has the faults of
+whole requests.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ FAULTS: Final = {
     "unprocessed": "of what an answer by key is about is left out of it, this time",
     "expired": "of the tokens have expired: 401, and the next one given for the same id works",
     "pending": "of the results are not ready: 202 for the first request or two",
+    "spikes": "of the requests take 20 times as long, though at most 0.3 s",
+    "resets": "of the requests are carried out, but their connection is reset",
+    "truncated": "of the answers end, with their connection, in the middle",
+    "hangs": "of the requests have no answer until their client gives up",
+    "throttled": "of the requests have a 429 with a Retry-After, in each of its forms",
+    "bursts": "of the requests have a 503, five in a row, some with a Retry-After",
+    "outage": "of five seconds the API is down for all, once, amid the job",
 }
 """All faults by their names: a share each, from 0 to 1."""
 
@@ -72,11 +80,13 @@ class ApiError(Exception):
 
     Attributes:
         status: The HTTP status of the answer, or in the slot.
+        headers: Of the answer, by the names that it gives them; none of a slot.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, message)
         self.status = status
+        self.headers = headers or {}
 
     def __str__(self) -> str:
         return f"{self.status}: {self.args[1]}"
@@ -189,7 +199,7 @@ class Faults:
 
 
 class Answers:
-    """Answers the requests that `errors` let through, and counts what they asked for.
+    """Answers the requests that are carried out, and counts what they asked for.
 
     Attributes:
         faults: What goes wrong.

@@ -9,14 +9,15 @@
 | `POST /results` | `{"tokens": [...]}` | `{"results": [[token, what GET answers], ...]}` in any order |
 
 Answers by key are pairs, since a key of a JSON object is text, and an id may be a number. A slot of an answer
-for several may be `{"error": status}`. What goes wrong is ordered by name; `_embedded_answers.py` has them.
+for several may be `{"error": status}`. What goes wrong is ordered by name, as `FAULTS` has it.
 """
 
 from __future__ import annotations
 
 import json
-import random
+import os
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -24,21 +25,22 @@ from collections import Counter
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from socket import SHUT_RDWR
+from socket import SHUT_RDWR, SO_LINGER, SOL_SOCKET
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from twostage._embedded_answers import MOST_IDS, PENDING, Answers, ApiError, Faults
+from twostage._embedded_fates import DROPPED, LOSSES, Fate, Fates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from socket import socket
 
     from twostage._embedded_answers import Content
 
 __all__ = ["EmbeddedApi"]
 
-_DROPPED: Final = 0  # beside the statuses: the connection ends without an answer
-_ERRORS: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, _DROPPED)
+_BY_RESET: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+"""The value of `SO_LINGER` with which a connection that is closed is reset."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -62,9 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         keyed = path != self.path
         name = path.removeprefix("/")
         if path in ("/tokens", "/orders"):
-            self._serve(name, lambda: answers.to_ids(name, body, keyed=keyed))
+            self._serve(name, lambda: answers.to_ids(name, body, keyed=keyed), body)
         elif self.path == "/results":
-            self._serve(name, lambda: answers.to_tokens(body))
+            self._serve(name, lambda: answers.to_tokens(body), body)
         else:
             self._send(HTTPStatus.NOT_FOUND, {"error": "unknown path"})
 
@@ -75,8 +77,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(HTTPStatus.NOT_FOUND, {"error": "unknown path"})
 
-    def _serve(self, kind: str, answer: Callable[[], Content]) -> None:
-        status = self.server.spend_attempt(kind)
+    def finish(self) -> None:
+        """Closes the connection itself: the base class says goodbye first, and then none is reset."""
+        super().finish()
+        self.connection.close()
+
+    def _serve(self, kind: str, answer: Callable[[], Content], body: bytes = b"") -> None:
+        fate = self.server.spend_attempt(kind, f"{self.requestline}\n{body.decode('latin-1')}")
+        status = fate.status
         content: Content = {"error": "a fault, as ordered"}
         if status == HTTPStatus.OK:
             try:
@@ -85,21 +93,33 @@ class _Handler(BaseHTTPRequestHandler):
                 status, content = error.status, {"error": error.args[1]}
             else:
                 status = HTTPStatus.ACCEPTED if content == PENDING else status
-        self.server.count_answer(status)
-        if status == _DROPPED:
-            self.close_connection = True
-        else:
-            self._send(status, content)
+        lost = status == DROPPED or fate.fault in LOSSES
+        self.server.count_answer(DROPPED if lost else status)
+        if not lost:
+            self._send(status, content, fate.headers)
+            return
+        if fate.fault == "hangs":
+            self.rfile.read(1)  # until the client leaves, or the end of the server's context
+        elif fate.fault == "resets":
+            self.connection.setsockopt(SOL_SOCKET, SO_LINGER, _BY_RESET)
+        elif fate.fault == "truncated":
+            self._send(status, content, part=0.5)
+        self.close_connection = True
 
-    def _send(self, status: int, content: dict[str, Any]) -> None:
+    def _send(
+        self, status: int, content: Content, headers: Iterable[tuple[str, str]] = (), part: float = 1
+    ) -> None:
+        """Sends an answer, or of its body no more than a part."""
         body = json.dumps(content).encode()
         self.send_response_only(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        for name, value in headers:
+            self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: int(part * len(body))])
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Stays quiet."""
@@ -116,7 +136,9 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
         attempts: How many requests came to `"tokens"`, `"orders"` and `"results"`, those that failed among
             them.
         most_at_once: The highest number of requests that were being served at once, of each of the three.
-        answered: How many requests were answered by each status; 0 is a connection that was ended.
+        answered: How many requests were answered by each status; 0 is an answer that did not come, or not
+            all of it.
+        befallen: How many requests each fault of whole requests has befallen, by its name.
         answers: Has how often each of the `ids` and `tokens` was asked for.
         faults: Tells which ids and tokens are befallen by what: `faults.lasting_status(item)`.
 
@@ -127,6 +149,7 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
             `errors`, which are in equal parts status 429, status 503, and a connection that ends without an
             answer.
         most_ids: How many ids, or tokens, a request may ask for; more are answered by status 413.
+        outage_after: After how many requests the outage begins, if one is ordered.
         seed: Of the draws. Latencies and `errors` are drawn in the order in which requests come.
 
     Raises:
@@ -142,6 +165,7 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
         result_latency: float = 0.005,
         faults: float | Mapping[str, float] = 0.0,
         most_ids: int = MOST_IDS,
+        outage_after: int = 100,
         seed: int = 0,
     ) -> None:
         self.faults = Faults(faults, seed=seed)  # before a socket is open that nobody would close
@@ -150,12 +174,12 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
         self.attempts = Counter(tokens=0, results=0)
         self.most_at_once = Counter(tokens=0, results=0)
         self.answered: Counter[int] = Counter()
+        self.befallen: Counter[str] = Counter()
         self.answers = Answers(self.faults, most_ids)
         self._at_once = Counter(tokens=0, results=0)
-        self._latencies = {"tokens": token_latency, "orders": token_latency, "results": result_latency}
-        self._errors = self.faults.shares.get("errors", 0.0)
-        self._random = random.Random(seed)
-        self._lock = threading.Lock()  # of the counts and the draws
+        latencies = {"tokens": token_latency, "orders": token_latency, "results": result_latency}
+        self._fates = Fates(self.faults, latencies, outage_after, seed=seed)
+        self._lock = threading.Lock()  # of the counts and the fates
         self._acceptor = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
         self._connections: dict[threading.Thread, socket] = {}
 
@@ -173,18 +197,24 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
             thread.join()
         self.server_close()
 
-    def spend_attempt(self, kind: str) -> int:
-        """Counts one request and takes its time; returns its error's status, `_DROPPED`, or 200 for none."""
+    def spend_attempt(self, kind: str, request: str) -> Fate:
+        """Counts one request and takes its time; returns what is to become of it.
+
+        Args:
+            kind: How it is counted.
+            request: All that it says.
+        """
         with self._lock:
             self.attempts[kind] += 1
             self._at_once[kind] += 1
             self.most_at_once[kind] = max(self.most_at_once[kind], self._at_once[kind])
-            latency = self._random.uniform(0, self._latencies[kind])
-            status = self._random.choice(_ERRORS) if self._random.random() < self._errors else HTTPStatus.OK
-        time.sleep(latency)
+            fate = self._fates.next(kind, request)
+        time.sleep(fate.latency)
         with self._lock:
             self._at_once[kind] -= 1
-        return status
+            fate = self._fates.in_outage() or fate  # whatever came before it and is not answered yet
+            self.befallen.update([fate.fault] if fate.fault else [])
+        return fate
 
     def count_answer(self, status: int) -> None:
         """Counts how a request was answered."""

@@ -6,17 +6,20 @@ import http.client
 import json
 import threading
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from twostage._embedded_answers import PENDING, ApiError, ExpiredToken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from twostage._embedded_answers import Content, Item, Result
 
-__all__ = ["Client"]
+__all__ = ["TIMEOUT", "Client"]
+
+TIMEOUT: Final = 30.0
+"""The seconds after which a client gives up a request, if it is not told otherwise."""
 
 
 class Client:
@@ -29,10 +32,12 @@ class Client:
 
     Args:
         url: Of the API, as `EmbeddedApi.url`.
+        timeout: After how many seconds without an answer a request fails with `TimeoutError`.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float = TIMEOUT) -> None:
         self._netloc = urlsplit(url).netloc
+        self._timeout = timeout
         self._local = threading.local()
         self._connections: list[http.client.HTTPConnection] = []  # an append needs no lock
 
@@ -91,19 +96,20 @@ class Client:
             connection.close()  # an answer still to come would be taken for the next attempt's
             raise
         if response.status >= HTTPStatus.BAD_REQUEST:
-            raise _error(response.status, content["error"])
+            raise _error(response.status, content["error"], dict(response.getheaders()))
         return content
 
     def _connection(self) -> http.client.HTTPConnection:
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = http.client.HTTPConnection(self._netloc, timeout=30)
+            connection = http.client.HTTPConnection(self._netloc, timeout=self._timeout)
+            self._local.connection = connection
             self._connections.append(connection)
         return connection
 
 
-def _error(status: int, message: str) -> ApiError:
-    return (ExpiredToken if status == HTTPStatus.UNAUTHORIZED else ApiError)(status, message)
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    return (ExpiredToken if status == HTTPStatus.UNAUTHORIZED else ApiError)(status, message, headers)
 
 
 def _slot(slot: Any) -> Any:  # noqa: ANN401 - a token, tokens or a result

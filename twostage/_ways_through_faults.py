@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 __all__ = ["PATIENT", "both_by_key", "by_key", "one_item_a_call", "orders_by_key"]
 
 
-def answered_ten_times(state: RetryCallState) -> bool:
-    """Whether it was asked for ten times and the last request did not fail, or twenty times.
+def asked_often_enough(state: RetryCallState) -> bool:
+    """Whether it was asked for twenty times and the last request did not fail, or forty times.
 
-    An id that is left out ten times does not exist; but a request that fails does not say so.
+    An id that is always left out does not exist; but a request that fails does not say so, and an outage
+    fails several of one call's in a row.
     """
     error = state.outcome and state.outcome.exception()
-    return state.attempt_number >= (20 if error and is_transient(error) else 10)
+    return state.attempt_number >= (40 if error and is_transient(error) else 20)
 
 
 PATIENT: Final = Retrying(
     retry=retry_if_exception(is_transient) | retry_if_result(is_pending),
-    stop=answered_ten_times,
-    wait=wait_random_exponential(multiplier=0.02, max=1),
+    stop=asked_often_enough,
+    wait=wait_random_exponential(multiplier=0.02, max=0.2),
 )
 """The policy where faults are named: a result that is not ready yet is asked for again, too."""
 
