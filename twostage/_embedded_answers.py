@@ -63,7 +63,7 @@ FAULTS: Final = {
     "hangs": "of the requests have no answer until their client gives up",
     "throttled": "of the requests have a 429 with a Retry-After, in each of its forms",
     "bursts": "of the requests have a 503, five in a row, some with a Retry-After",
-    "outage": "of five seconds the API is down for all, once, amid the job",
+    "outage": "of five seconds the API is down for every request, once, amid the job",
 }
 """All faults by their names: a share each, from 0 to 1."""
 

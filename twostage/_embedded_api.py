@@ -213,7 +213,8 @@ class EmbeddedApi(socketserver.ThreadingTCPServer):
         with self._lock:
             self._at_once[kind] -= 1
             fate = self._fates.in_outage() or fate  # whatever came before it and is not answered yet
-            self.befallen.update([fate.fault] if fate.fault else [])
+            if fate.fault:
+                self.befallen[fate.fault] += 1
         return fate
 
     def count_answer(self, status: int) -> None:
