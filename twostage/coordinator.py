@@ -168,11 +168,10 @@ class Coordinator:
 
     def due(self) -> float | None:
         """Returns when `handle` has to be called even if nothing has happened, or `None`."""
+        times = [line.runner.next_overdue(self.now) for line in self.lines if line.timed]
         if self.ending:
-            return None
-        lines = [line for line in self.lines if line.gates and (line.due or line.waiting)]
-        times = [time for line in lines if self.now < (time := line.opens(self.now)) < math.inf]
-        times += [line.runner.next_overdue(self.now) for line in self.lines if line.timed]
+            return min(times, default=None)
+        times += [time for line in self.lines if self.now < (time := line.next_start(self.now)) < math.inf]
         if self.delayed:
             times.append(self.delayed[0][0])
         if self.linger < math.inf and self.token_line.waiting and self._leaves_at() > self.now:
@@ -503,21 +502,26 @@ class Coordinator:
     # --- decided once for all events of a wake-up
 
     def _start(self, now: float) -> None:
+        self._come_due(now)
+        if now >= self.deadline:
+            self._give_up()
+        elif self.tokens_first:
+            self._start_results(now)
+            self._start_batches(now)
+        else:
+            self._start_batches(now)
+            self._start_results(now)
+        if self.token_line.refused or self.result_line.refused:
+            self._fail_refused()
+            self._start(now)  # they have made room
+
+    def _come_due(self, now: float) -> None:
         while self.delayed and self.delayed[0][0] <= now:
             _, _, line, call = heappop(self.delayed)
             if isinstance(call, ListedToken) and call.tokens.dropped:
                 continue
             line.due.append(call)
             self.at_work += len(call.members) if isinstance(call, Batch) else 1
-        if now >= self.deadline:
-            self._give_up()
-            return
-        starts = [self._start_batches, self._start_results]
-        for start in reversed(starts) if self.tokens_first else starts:
-            start(now)
-        if self.token_line.refused or self.result_line.refused:
-            self._fail_refused()
-            self._start(now)  # they have made room
 
     def _fail_refused(self) -> None:
         for line in self.lines:
@@ -607,7 +611,7 @@ class Coordinator:
             self._end(error)
             return
         for line in self.lines:
-            calls: list[Call] = [*line.runner.take_back(), *line.due, Batch(list(line.waiting))]
+            calls: list[Call] = [*line.take_back(), *line.due, Batch(list(line.waiting))]
             line.due.clear()
             line.waiting.clear()
             if line is self.token_line:
