@@ -6,6 +6,7 @@ other modules are the library's own business.
 
 from twostage.calls import Outcome
 from twostage.errors import AttemptTimeout, BatchLengthError, MissingToken, RunTimeout, TooManyFailures
+from twostage.gates import Rate
 from twostage.outcomes import Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
@@ -18,6 +19,7 @@ __all__ = [
     "MissingToken",
     "Outcome",
     "Outcomes",
+    "Rate",
     "RunTimeout",
     "Stage",
     "Throttled",
