@@ -149,11 +149,13 @@ class RateGate(Gate):
         excess = self._used + cost - self._rate.limit
         if excess <= 0:
             return now
+        free = now
         for start in self._starts:
+            free = max(free, self._began(*start, now) + self._rate.per)
             excess -= start[1].cost
             if excess <= 0:
-                return self._began(*start, now) + self._rate.per
-        return math.inf
+                break
+        return free  # when all have left the window, rounding or not, none is left to wait for
 
     def _cost(self, call: Call) -> float:
         if self._rate.cost is None:

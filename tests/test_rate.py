@@ -1,0 +1,80 @@
+"""Rates: no window of `per` seconds sees more than `limit` begin, and as many as that allows do begin."""
+
+from __future__ import annotations
+
+import gc
+import math
+import pickle
+import threading
+import time
+import weakref
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from common import LeaveError, each_way, until
+from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twostage import Rate, Stage, Throttled, iter_two_stage, run_two_stage
+from twostage.calls import Call
+from twostage.gates import RateGate
+from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from common import Run
+
+NOBODY: Any = None  # runs what a gate is asked about by itself
+
+
+def same(argument: Any) -> Any:  # noqa: ANN401 - whatever it is
+    return argument
+
+
+def begins(fake: Fake) -> list[float]:
+    return [made.began for made in fake.calls]
+
+
+def kept(starts: Iterable[float | tuple[float, float]], limit: float, per: float) -> bool:
+    """Whether no window of `per` seconds sees more begin than `limit`; a start may weigh something."""
+    weighed = sorted(start if isinstance(start, tuple) else (start, 1.0) for start in starts)
+    for place, (first, _) in enumerate(weighed):
+        window = [cost for began, cost in weighed[place:] if began < first + per]
+        if math.fsum(window) > limit * (1 + 1e-12):
+            return False
+    return True
+
+
+# --- what was found
+
+
+@pytest.mark.parametrize("costs", [(0.1, 0.2, 0.3), (0.1, 0.7, 1.1), (0.3, 0.3, 0.3)])
+def test_costs_that_round_badly_keep_nobody_waiting_for_ever(
+    virtual: VirtualTime, costs: tuple[float, ...]
+) -> None:
+    limit = sum(costs)
+    fetch = Fake(same, virtual=virtual)
+    items = [*enumerate(costs), (3, limit)]
+    run_two_stage(items, same, Stage(fetch, rate=Rate(limit, cost=itemgetter(1))), token_workers=1)
+    assert begins(fake=fetch) == [0, 0, 0, 60]
+
+
+def test_call_waits_for_the_latest_of_those_that_have_to_leave_the_window() -> None:
+    gate = RateGate(Rate(2, per=1, cost=same), lambda call: call.attempts)
+    late, early, dear = Call(), Call(), Call()
+    late.attempts = early.attempts = 1
+    dear.attempts = 2
+    for call in (late, early):
+        assert gate.when_may_start(10.0, NOBODY, call) <= 10
+        gate.started(call, 10.0)
+    early.began = 10.25
+    assert gate.when_may_start(10.5, NOBODY, dear) == 11.5  # `late` has not begun yet
+    late.began = 10.75
+    assert gate.when_may_start(11.25, NOBODY, dear) == 11.75
+    assert gate.when_may_start(11.75, NOBODY, dear) == 11.75
