@@ -78,3 +78,42 @@ def test_call_waits_for_the_latest_of_those_that_have_to_leave_the_window() -> N
     late.began = 10.75
     assert gate.when_may_start(11.25, NOBODY, dear) == 11.75
     assert gate.when_may_start(11.75, NOBODY, dear) == 11.75
+
+
+def test_settling_after_the_window_does_not_count(virtual: VirtualTime) -> None:
+    fetch_token = Fake(same, latency=5)
+    fetch_result = Fake(same, latency=lambda item: 22 if item == 0 else 1, virtual=virtual)
+    rate = Rate(2, per=10, settle=lambda item, answer: 1)
+    run_two_stage(range(10), fetch_token, Stage(fetch_result, workers=3, rate=rate), token_workers=1)
+    assert begins(fetch_result) == [5.0 * place for place in range(1, 11)]
+
+
+def test_start_that_was_taken_back_holds_nothing_back() -> None:
+    gate = RateGate(Rate(2, per=1), same)
+    first, gone, later = Call(), Call(), Call()
+    for call in (gone, first):
+        gate.started(call, 10.0)
+    assert gate.when_may_start(10.5, NOBODY) > 10.5
+    gate.taken_back(gone)
+    assert gate.when_may_start(10.5, NOBODY) == 10.5
+    first.began = 10.5
+    gate.ended(first, None, None, 10.5)
+    gate.started(later, 10.5)
+    later.began = 10.5
+    assert gate.when_may_start(10.5, NOBODY) == 11.5
+    assert gate.when_may_start(11.5, NOBODY) == 11.5
+    assert not gate._starts
+
+
+def test_rate_keeps_no_answer() -> None:
+    class Answer:
+        pass
+
+    gone = []
+    with iter_two_stage(range(3), same, Stage(lambda token: Answer(), rate=Rate(100))) as outcomes:
+        for outcome in outcomes:
+            gone.append(weakref.ref(outcome.result))
+            del outcome
+            gc.collect()
+            until(lambda: gone[-1]() is None)
+    assert len(gone) == 3

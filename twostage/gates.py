@@ -117,11 +117,11 @@ def rates_of(rate: object, name: str) -> tuple[Rate, ...]:
 
 @dataclass(slots=True)
 class _Start:
-    """What one start weighs, and when it was: `None` while nobody has read it off the call yet."""
+    """What one start weighs, and when it was: once the attempt has ended, or else its call knows."""
 
+    call: Call | None
     cost: float
-    handed_over: float
-    began: float | None = None
+    began: float  # or handed over
 
 
 class RateGate(Gate):
@@ -138,7 +138,7 @@ class RateGate(Gate):
     def __init__(self, rate: Rate, argument: Callable[[Any], Any]) -> None:
         self._rate = rate
         self._argument = argument
-        self._starts: deque[tuple[Call, _Start]] = deque()
+        self._starts: deque[_Start] = deque()
         self._running: dict[Call, _Start] = {}
         self._used = 0.0
         self._asked: tuple[Call, float] | None = None  # the call that waits here, and what it weighs
@@ -151,8 +151,8 @@ class RateGate(Gate):
             return now
         free = now
         for start in self._starts:
-            free = max(free, self._began(*start, now) + self._rate.per)
-            excess -= start[1].cost
+            free = max(free, _began(start, now) + self._rate.per)
+            excess -= start.cost
             if excess <= 0:
                 break
         return free  # when all have left the window, rounding or not, none is left to wait for
@@ -171,36 +171,39 @@ class RateGate(Gate):
         return self._asked[1]
 
     def started(self, call: Call, now: float) -> None:
-        start = _Start(self._cost(call), now)
+        start = self._running[call] = _Start(call, self._cost(call), now)
         self._asked = None
         self._used += start.cost
-        self._running[call] = start
-        self._starts.append((call, start))
+        self._starts.append(start)
 
     def taken_back(self, call: Call) -> None:
-        self._weigh(self._running.pop(call), 0.0)
-
-    def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:  # noqa: ARG002
         start = self._running.pop(call)
-        start.began = call.began
+        start.call = None
+        self._weigh(start, 0.0)
+
+    def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:
+        start = self._running.pop(call)
+        start.call, start.began = None, call.began  # nothing of a call is kept until its window has passed
         if error is None and self._rate.settle is not None:
-            self._weigh(start, _weight(self._rate.settle(self._argument(call), answer), "settle"))
+            cost = _weight(self._rate.settle(self._argument(call), answer), "settle")
+            if start.began + self._rate.per > now:  # else it weighs nothing any more
+                self._weigh(start, cost)
 
     def _weigh(self, start: _Start, cost: float) -> None:
         self._used += cost - start.cost
         start.cost = cost
 
-    def _began(self, call: Call, start: _Start, now: float) -> float:
-        if start.began is not None:
-            return start.began
-        return call.began if call.began >= start.handed_over else now  # not begun: then not before now
-
     def _forget(self, now: float) -> None:
-        while self._starts and self._began(*self._starts[0], now) + self._rate.per <= now:
-            _, start = self._starts.popleft()
-            self._weigh(start, 0.0)
+        while self._starts and _began(self._starts[0], now) + self._rate.per <= now:
+            self._weigh(self._starts.popleft(), 0.0)
         if not self._starts:
             self._used = 0.0  # no rounding is carried on
+
+
+def _began(start: _Start, now: float) -> float:
+    if start.call is None:
+        return start.began
+    return start.call.began if start.call.began >= start.began else now  # not begun: then not before now
 
 
 def _weight(cost: object, name: str) -> float:
