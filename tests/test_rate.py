@@ -117,3 +117,33 @@ def test_rate_keeps_no_answer() -> None:
             gc.collect()
             until(lambda: gone[-1]() is None)
     assert len(gone) == 3
+
+
+@in_virtual_time
+def test_item_that_comes_back_for_a_token_waits_for_the_rate() -> None:
+    def fetch_result(token: int) -> int:
+        asked[token] += 1
+        if asked[token] == 1:
+            raise ExpiredError
+        return token
+
+    asked: Counter[int] = Counter()
+    fetch_token = Stage(same, rate=Rate(3, per=10))
+    assert run_two_stage(range(3), fetch_token, fetch_result, refresh_token_on=ExpiredError) == [0, 1, 2]
+
+
+@in_virtual_time
+def test_half_of_a_batch_whose_cost_is_refused_while_all_workers_are_busy() -> None:
+    def fetch_tokens(batch: list[int]) -> list[int]:
+        sleep(1 if 0 in batch else 30)
+        if 0 in batch and len(batch) > 1:
+            raise ApiError(400)
+        return batch
+
+    def cost(batch: list[int]) -> float:
+        return {3: 1, 2: 1}[len(batch)]
+
+    outcomes = outcomes_of(
+        range(9), stage(fetch_tokens, batch_size=3, workers=2, rate=Rate(100, cost=cost)), same
+    )
+    assert [str(outcome.exception) for outcome in outcomes] == ["1"] * 3 + ["None"] * 6

@@ -171,7 +171,7 @@ class Coordinator:
         times = [line.runner.next_overdue(self.now) for line in self.lines if line.timed]
         if self.ending:
             return min(times, default=None)
-        times += [time for line in self.lines if self.now < (time := line.next_start(self.now)) < math.inf]
+        times += [time for time in map(self._opens, self.lines) if self.now < time < math.inf]
         if self.delayed:
             times.append(self.delayed[0][0])
         if self.linger < math.inf and self.token_line.waiting and self._leaves_at() > self.now:
@@ -179,6 +179,13 @@ class Coordinator:
         if self.now < self.deadline < math.inf:
             times.append(self.deadline)
         return min(times, default=None)
+
+    def _opens(self, line: Line) -> float:
+        """Returns when a line's gates let its next call pass; infinite if none waits, or for a worker too."""
+        waits = line.due or line.waiting or (line is self.token_line and self.returned)
+        if not (line.gates and waits and line.runner.out < line.limit):
+            return math.inf
+        return line.opens(self.now)
 
     # --- events from the caller's thread
 

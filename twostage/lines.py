@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -199,11 +198,6 @@ class Line:
         """Returns when the next call may start as far as the gates are concerned."""
         call = self.due[0] if self.due else None
         return max((gate.when_may_start(now, self.runner, call) for gate in self.gates), default=now)
-
-    def next_start(self, now: float) -> float:
-        """Returns when a call may start for which there is a worker; infinite if none waits at a gate."""
-        waits = self.gates and (self.due or self.waiting) and self.limit > self.runner.out
-        return self.opens(now) if waits else math.inf
 
     def room(self, now: float) -> float:
         """Returns how many calls the runner may be given now; with gates one, as they are asked of each."""
