@@ -147,3 +147,11 @@ def test_half_of_a_batch_whose_cost_is_refused_while_all_workers_are_busy() -> N
         range(9), stage(fetch_tokens, batch_size=3, workers=2, rate=Rate(100, cost=cost)), same
     )
     assert [str(outcome.exception) for outcome in outcomes] == ["1"] * 3 + ["None"] * 6
+
+
+def test_batches_that_wait_for_a_split_go_on_if_its_half_may_never_start() -> None:
+    with VirtualTime():
+        rate = Rate(100, cost=lambda batch: {4: 1}[len(batch)])
+        fetch_tokens = Fake(refusing({0, 4, 8, 12}), latency=1)
+        outcomes = outcomes_of(range(16), stage(fetch_tokens, batch_size=4, rate=rate), same)
+    assert [str(outcome.exception) for outcome in outcomes] == ["2"] * 16

@@ -333,9 +333,7 @@ class Coordinator:
         size = splits.ended(batch, accepted=bool(answered[0]))
         if size is not None:
             self._shrink(line, size)
-        if not splits.pieces:
-            for refused, failure in splits.take_waiting():
-                self._refuse(line, splits, refused, failure)
+        self._refuse_waiting(line, splits)
         return answered
 
     def _ended(
@@ -449,6 +447,11 @@ class Coordinator:
 
     # --- batches that are refused
 
+    def _refuse_waiting(self, line: Line, splits: Splits) -> None:
+        if not splits.pieces:
+            for refused, failure in splits.take_waiting():
+                self._refuse(line, splits, refused, failure)
+
     def _refuse(self, line: Line, splits: Splits, batch: Batch, error: Exception) -> None:
         allowed = splits.allows(batch)
         if allowed is None:
@@ -535,6 +538,10 @@ class Coordinator:
             refused, line.refused = line.refused, []
             for call, error in refused:
                 self._fail(line, call, call.members if isinstance(call, Batch) else (call,), error)
+                if line.splits is not None:  # which learns nothing from it
+                    line.splits.pieces.discard(cast("Batch", call))
+                    line.splits.tainted = True
+                    self._refuse_waiting(line, line.splits)
 
     def _start_batches(self, now: float) -> None:
         line = self.token_line
