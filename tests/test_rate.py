@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import pickle
@@ -155,3 +156,55 @@ def test_batches_that_wait_for_a_split_go_on_if_its_half_may_never_start() -> No
         fetch_tokens = Fake(refusing({0, 4, 8, 12}), latency=1)
         outcomes = outcomes_of(range(16), stage(fetch_tokens, batch_size=4, rate=rate), same)
     assert [str(outcome.exception) for outcome in outcomes] == ["2"] * 16
+
+
+# --- bad arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"limit": "5"}, TypeError, "limit is '5'; expected a number"),
+        ({"limit": True}, TypeError, "limit is True; expected a number"),
+        ({"limit": None}, TypeError, "limit is None; expected a number"),
+        ({"limit": 0}, ValueError, "limit is 0; expected at least 1: for slower rates raise per"),
+        ({"limit": 0.5}, ValueError, "limit is 0.5; expected at least 1: for slower rates raise per"),
+        ({"limit": math.inf}, ValueError, "limit is inf; expected at least 1"),
+        ({"limit": math.nan}, ValueError, "limit is nan; expected at least 1"),
+        ({"limit": 10**400}, ValueError, r"limit is 1000\d*\.\.\.\d*; expected at least 1"),
+        ({"limit": 0, "cost": len}, ValueError, "limit is 0; expected a number above 0"),
+        ({"limit": -1, "cost": len}, ValueError, "limit is -1; expected a number above 0"),
+        ({"per": "1"}, TypeError, "per is '1'; expected a number of seconds"),
+        ({"per": None}, TypeError, "per is None; expected a number of seconds"),
+        ({"per": 0}, ValueError, "per is 0; expected a number of seconds above 0"),
+        ({"per": math.nan}, ValueError, "per is nan; expected a number of seconds above 0"),
+        ({"per": 10**400}, ValueError, r"per is 1000\d*\.\.\.\d*; expected a number of seconds above 0"),
+        ({"cost": 5}, TypeError, "cost is 5; expected a function"),
+        ({"settle": 5}, TypeError, "settle is 5; expected a function"),
+        ({"settle": asyncio.sleep}, TypeError, "settle is a coroutine function"),
+    ],
+)
+def test_rate_that_can_not_be(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^{message}"):
+        Rate(**{"limit": 5, "per": 60} | settings)
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind"),
+    [
+        ("9", TypeError),
+        (True, TypeError),
+        (len, TypeError),
+        ({5: 1}, TypeError),
+        ([5, "9"], TypeError),
+        (0, ValueError),
+        (-0.5, ValueError),
+        (math.inf, ValueError),
+        (math.nan, ValueError),
+        (10**400, ValueError),
+        ([5, 0], ValueError),
+    ],
+)
+def test_stage_s_rate_that_can_not_be(rate: Any, kind: type[Exception]) -> None:  # noqa: ANN401
+    with pytest.raises(kind, match=r"^rate is .*; expected a number of starts a second"):
+        Stage(same, rate=rate)

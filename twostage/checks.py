@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 import operator
+import sys
 from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, TypeAlias, cast
+
+from twostage.errors import brief
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,10 +45,9 @@ def positive_seconds(seconds: object, name: str) -> float:
     """
     if isinstance(seconds, bool) or not isinstance(seconds, Real):
         raise TypeError(f"{name} is {seconds!r}; expected a number of seconds")
-    value = float(seconds)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {seconds!r}; expected a number of seconds above 0")
-    return value
+    if not 0 < cast("float", seconds) <= sys.float_info.max:
+        raise ValueError(f"{name} is {brief(seconds)}; expected a number of seconds above 0")
+    return float(seconds)
 
 
 def check_bool(value: object, name: str) -> None:

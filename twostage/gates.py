@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from twostage.checks import positive_seconds
+from twostage.checks import check_function, positive_seconds
 from twostage.errors import AttemptTimeout, brief, without_our_frames
 
 if TYPE_CHECKING:
@@ -80,12 +81,12 @@ class Rate:
         positive_seconds(self.per, "per")
         for name in ("cost", "settle"):
             function = getattr(self, name)
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} is {function!r}; expected a function")
+            if function is not None:
+                check_function(function, name)
         least = 1 if self.cost is None else 0
-        if not (least <= self.limit < math.inf and self.limit > 0):
+        if not (least <= self.limit <= sys.float_info.max and self.limit > 0):
             raise ValueError(
-                f"limit is {self.limit}; expected "
+                f"limit is {brief(limit)}; expected "
                 + ("a number above 0" if least == 0 else "at least 1: for slower rates raise per")
             )
 
@@ -109,9 +110,9 @@ def rates_of(rate: object, name: str) -> tuple[Rate, ...]:
         return tuple(one for part in rate for one in rates_of(part, name))
     if isinstance(rate, bool) or not isinstance(rate, Real):
         raise TypeError(f"{name} is {rate!r}; expected a number of starts a second, a Rate, or several")
+    if not 0 < cast("float", rate) <= sys.float_info.max:
+        raise ValueError(f"{name} is {brief(rate)}; expected a number of starts a second above 0")
     number = float(rate)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} is {rate!r}; expected a number of starts a second above 0")
     return (Rate(number, per=1) if number.is_integer() else Rate(1, per=1 / number),)
 
 
@@ -207,7 +208,7 @@ def _began(start: _Start, now: float) -> float:
 
 
 def _weight(cost: object, name: str) -> float:
-    if isinstance(cost, bool) or not isinstance(cost, Real) or not 0 <= cast("float", cost) < math.inf:
+    if isinstance(cost, bool) or not isinstance(cost, Real) or not 0 <= cast("float", cost) <= sys.float_info.max:
         raise ValueError(f"{name} returned {brief(cost)}; expected a number of at least 0")
     return float(cost)
 
