@@ -364,3 +364,25 @@ def test_job_waits_as_long_as_it_is_told(virtual: VirtualTime) -> None:
 
     assert run_two_stage(["item"], str, fetch) == ["item"]
     assert [round(later - calls[0], 6) for later in calls] == [0, 50, 150]
+
+
+def test_being_held_back_is_no_failed_attempt_in_the_log(
+    virtual: VirtualTime, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[float] = []
+
+    def fetch(token: str) -> str:
+        asked.append(virtual.now)
+        if len(asked) == 1:
+            raise Throttled(2)
+        if len(asked) == 2:
+            raise ConnectionResetError
+        return token
+
+    caplog.set_level("INFO", "twostage")
+    run_two_stage(["item"], str, fetch)
+    assert [(record.levelname, record.getMessage().partition(";")[0]) for record in caplog.records] == [
+        ("INFO", "stage two: paused for 2.0 s, as the API asks"),
+        ("INFO", "stage two: a call is held back for 2.00 s by a limit"),
+        ("WARNING", "stage two: attempt 1 failed with ConnectionResetError"),
+    ]

@@ -208,7 +208,11 @@ def _began(start: _Start, now: float) -> float:
 
 
 def _weight(cost: object, name: str) -> float:
-    if isinstance(cost, bool) or not isinstance(cost, Real) or not 0 <= cast("float", cost) <= sys.float_info.max:
+    if (
+        isinstance(cost, bool)
+        or not isinstance(cost, Real)
+        or not 0 <= cast("float", cost) <= sys.float_info.max
+    ):
         raise ValueError(f"{name} returned {brief(cost)}; expected a number of at least 0")
     return float(cost)
 

@@ -148,8 +148,9 @@ class Line:
 
     def log_retry(self, call: Call, error: Exception | None, wait: float) -> None:
         """Says that a call is tried again: the stage's first time as a warning, later ones at level INFO."""
-        if isinstance(error, Throttled):
-            return  # it was no attempt, and the pause was told of
+        if isinstance(error, Throttled):  # it has not failed, and used no attempt
+            log.info("%s: a call is held back for %.2f s by a limit", self.name, wait)
+            return
         level = logging.INFO if self.has_retried else logging.WARNING
         self.has_retried = True
         if log.isEnabledFor(level):
