@@ -134,9 +134,10 @@ class Pace(Gate):
         self.succeeded_at = now
         self._given_up = False
         self._answered(now)
-        self._successes += 1
-        if self._successes >= self._at_once:
-            self._climb()
+        if now >= self._resumes:  # what was running when a pause began says nothing of the time after it
+            self._successes += 1
+            if self._successes >= self._at_once:
+                self._climb()
         self._look()
 
     def _climb(self) -> None:
