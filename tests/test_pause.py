@@ -665,3 +665,9 @@ def test_no_record_has_items_tokens_or_results_in_it(caplog: pytest.LogCaptureFi
     )
     assert len(caplog.records) >= 3
     assert "secret" not in caplog.text
+
+
+@in_virtual_time
+def test_throttled_is_logged_as_the_attempt_that_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    run_two_stage([0], int, failing({0: [Throttled(5)]}))
+    assert caplog.messages == ["stage two: attempt 1 failed with Throttled; the next one in 5.00 s"]

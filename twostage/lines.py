@@ -128,12 +128,12 @@ class Line:
         excused = self.pace.failed(call, error, now, self.runner.out)
         self._mind_pace()
         verdict = self.judge.judge(call, End(None, error, now, excused, self.pace.paused))
-        if isinstance(error, Throttled) and isinstance(verdict, Retry):
-            call.attempts -= 1
         if isinstance(verdict, Answer):
             yield from self._take_given(call, members, verdict.value)
         else:
             yield Judged(members, verdict, error)
+        if isinstance(error, Throttled) and isinstance(verdict, Retry):
+            call.attempts -= 1  # when it has been logged by its number
 
     def _take_given(self, call: Call, members: Sequence[Any], answer: object) -> Iterator[Judged]:
         """Takes what a policy's `retry_error_callback` has given, its last word, in an answer's place."""
