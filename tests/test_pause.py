@@ -671,3 +671,33 @@ def test_no_record_has_items_tokens_or_results_in_it(caplog: pytest.LogCaptureFi
 def test_throttled_is_logged_as_the_attempt_that_it_was(caplog: pytest.LogCaptureFixture) -> None:
     run_two_stage([0], int, failing({0: [Throttled(5)]}))
     assert caplog.messages == ["stage two: attempt 1 failed with Throttled; the next one in 5.00 s"]
+
+
+# --- beside what else a job does
+
+
+@each_way
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_item_that_comes_back_for_a_new_token_in_a_pause_waits_for_its_end(
+    job: Run, batch_size: int | None
+) -> None:
+    expired = [ExpiredError()]
+
+    def fetch_result(item: int) -> int:
+        sleep(2)
+        if expired:
+            raise expired.pop()
+        return item
+
+    with VirtualTime() as virtual:
+        tokens = Fake(failing({7: [asking(30)]}), late(2, of=7), virtual=virtual)
+        answered = job(
+            [0, 7] if batch_size is None else [0, 1, 2, 3, 7],
+            stage(tokens, batch_size=batch_size, retry=1),  # so nothing else happens when the pause ends
+            fetch_result,
+            refresh_token_on=ExpiredError,
+            return_exceptions=True,
+        )
+    assert isinstance(answered[-1], ApiError)
+    assert answered[0] == 0
+    assert starts(tokens, 1) == [31]
