@@ -701,3 +701,17 @@ def test_item_that_comes_back_for_a_new_token_in_a_pause_waits_for_its_end(
     assert isinstance(answered[-1], ApiError)
     assert answered[0] == 0
     assert starts(tokens, 1) == [31]
+
+
+def test_throttled_slots_are_one_attempt_that_does_not_count(virtual: VirtualTime) -> None:
+    def answer(batch: list[int]) -> list[int | Exception]:
+        if len(results.calls) == 1:
+            return [0, *(AnsweredError(429) for _ in batch[1:])]
+        raise ApiError(500)
+
+    results = Fake(answer, 1, virtual=virtual)
+    outcomes = outcomes_of(
+        range(20), stage(list, batch_size=20), stage(results, batch_size=20), retry=quick(5)
+    )
+    assert outcomes[0].exception is None
+    assert [outcome.result_attempts for outcome in outcomes[1:]] == [6] * 19

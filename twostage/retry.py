@@ -106,12 +106,14 @@ class CallState(RetryCallState):
 
     Attributes:
         excused: How many of its attempts.
-        is_excused: Whether the last one is.
+        is_excused: Whether the last one is; of a batch, the slot that is asked about.
+        excused_last: The number of the last one that is.
         paused: How many seconds of pauses `start_time` knows of.
     """
 
     excused = 0
     is_excused = False
+    excused_last = 0
     paused = 0.0
 
 
@@ -176,7 +178,9 @@ class Judge:
         state.start_time += paused - state.paused
         state.paused = paused
         state.is_excused = excused
-        state.excused += excused
+        if excused and state.excused_last != call.attempts:  # once, in however many slots of an answer
+            state.excused += 1
+            state.excused_last = call.attempts
         failure = None if error is None else _asked_for(error)
         traceback = None if failure is None else failure.__traceback__
         state.attempt_number = call.attempts
