@@ -715,3 +715,36 @@ def test_throttled_slots_are_one_attempt_that_does_not_count(virtual: VirtualTim
     )
     assert outcomes[0].exception is None
     assert [outcome.result_attempts for outcome in outcomes[1:]] == [6] * 19
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ([ApiError(500), asking(30)], 30),
+        ([asking(30), ApiError(500)], 30),
+        ([asking(4), asking(30), asking(7)], 30),
+        ([ApiError(500), Throttled(30), Throttled(5)], 30),
+        ([Throttled(5), asking(30)], 30),
+    ],
+    ids=["last", "first", "most", "Throttled", "both"],
+)
+def test_slots_are_asked_for_again_when_the_last_of_them_is_due(
+    virtual: VirtualTime, asked: list[Exception], seconds: float
+) -> None:
+    def answer(batch: list[int]) -> list[int] | list[Exception]:
+        return asked if len(results.calls) == 1 else batch
+
+    results = Fake(answer, 1, virtual=virtual)
+    size = len(asked)
+    run_two_stage(range(size), stage(list, batch_size=size), stage(results, batch_size=size, pause=False))
+    assert starts(results) == [0, 1 + seconds]
+
+
+@in_virtual_time
+def test_wait_of_a_slot_that_is_no_number_ends_the_job() -> None:
+    waits = iter([1.0, float("nan")])
+    policy = Retrying(wait=lambda _: next(waits), stop=stop_after_attempt(3))
+    with pytest.raises(ValueError, match="the retry policy's wait is nan; expected a finite number"):
+        run_two_stage(
+            range(2), stage(lambda batch: [asking(3) for _ in batch], batch_size=2), int, retry=policy
+        )

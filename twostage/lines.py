@@ -111,7 +111,8 @@ class Line:
             verdict = self.judge.judge(call, end, retry)
             if isinstance(verdict, Retry):
                 if retry is None:
-                    retry, first_error = verdict, error
+                    first_error = error
+                retry = verdict
                 again.append(member)
             elif isinstance(verdict, Answer) and (verdict.value is not value or error is not None):
                 yield from self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)

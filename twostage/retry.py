@@ -23,7 +23,14 @@ from tenacity.stop import stop_after_attempt, stop_never
 from tenacity.wait import wait_random_exponential
 
 from twostage.errors import MissingToken, warn
-from twostage.throttling import FIRST_WAIT, LONGEST_PAUSE, LONGEST_WAIT, Throttled, wait_retry_after
+from twostage.throttling import (
+    FIRST_WAIT,
+    LONGEST_PAUSE,
+    LONGEST_WAIT,
+    Throttled,
+    retry_after,
+    wait_retry_after,
+)
 from twostage.transient import is_transient
 
 if TYPE_CHECKING:
@@ -52,7 +59,7 @@ RetryPolicy: TypeAlias = Retrying | int | None
 DEFAULT_ATTEMPTS = 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Retry:
     """Make another attempt, at `due` on the job's clock."""
 
@@ -157,7 +164,7 @@ class Judge:
             call: It, or the batch of which this is one slot.
             end: How.
             again: The verdict on another slot of the same answer. This one would go with it, so neither
-                is its wait drawn again nor are callbacks called twice.
+                is its wait drawn again, unless the slot itself asks for one, nor are callbacks called twice.
         """
         error = end.error
         if error is not None and self._refresh_on is not None and self._refresh_on(error):
@@ -165,7 +172,8 @@ class Judge:
         if self._policy is None:
             return Answer(end.answer) if error is None else Fail(error)
         if isinstance(error, Throttled):
-            return again or Retry(end.now + min(error.seconds, LONGEST_PAUSE))
+            asked = Retry(end.now + min(error.seconds, LONGEST_PAUSE))
+            return asked if again is None else max(again, asked)
         return self._ask(self._policy, call, end, again)
 
     def _ask(self, policy: Retrying, call: Call, end: End, again: Retry | None) -> Verdict:
@@ -192,7 +200,8 @@ class Judge:
         try:
             if again is not None:
                 if isinstance(error, tenacity.TryAgain) or policy.retry(state):
-                    return again
+                    asks = error is not None and retry_after(error)
+                    return max(again, _after(now, policy.wait(state))) if asks else again
                 return Answer(answer) if failure is None else Fail(failure)
             verdict = policy.iter(state)
         except Exception as raised:
@@ -208,9 +217,13 @@ class Judge:
             del error, failure, answer, end
         if not isinstance(verdict, tenacity.DoSleep):
             return Answer(verdict)
-        if not math.isfinite(verdict):
-            raise ValueError(f"the retry policy's wait is {verdict}; expected a finite number of seconds")
-        return Retry(now + verdict)
+        return _after(now, verdict)
+
+
+def _after(now: float, wait: float) -> Retry:
+    if not math.isfinite(wait):
+        raise ValueError(f"the retry policy's wait is {wait}; expected a finite number of seconds")
+    return Retry(now + wait)
 
 
 def _stops(stop: Callable[[RetryCallState], bool], state: CallState) -> bool:
