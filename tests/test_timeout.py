@@ -19,7 +19,7 @@ from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_a
 
 from twostage import RunTimeout, iter_two_stage, run_two_stage
 from twostage.coordinator import Coordinator
-from twostage.testing import VirtualTime, sleep
+from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -211,10 +211,13 @@ def test_stream_whose_source_is_at_its_end_just_ends(linger: float | None, *, or
 
 
 @with_and_without_linger
-def test_source_that_ends_just_then_is_at_its_end(linger: float | None, virtual: VirtualTime) -> None:
+@pytest.mark.parametrize("return_exceptions", [False, True])
+def test_source_that_ends_just_then_is_at_its_end(
+    linger: float | None, virtual: VirtualTime, *, return_exceptions: bool
+) -> None:
     """Its two items come at 1 and 2 and are done at once, and its end comes at 3."""
     source = Source(1.0, items=2)
-    settings: dict[str, Any] = {"linger": linger, "timeout": 3.0, "return_exceptions": True}
+    settings: dict[str, Any] = {"linger": linger, "timeout": 3.0, "return_exceptions": return_exceptions}
     outcomes, error = stream(iter(source), str, str, **settings)
     assert [outcome.result for outcome in outcomes] == ["0", "1"]
     assert error is None
@@ -366,6 +369,27 @@ def test_it_is_raised_once_and_what_runs_is_awaited(job: Run, virtual: VirtualTi
     assert source.closed == 1
 
 
+@each_way
+@pytest.mark.parametrize("timeout", [1.5, 2.0])
+def test_it_is_not_raised_if_what_runs_is_all_there_is(
+    timeout: float, job: Run, virtual: VirtualTime
+) -> None:
+    assert job(range(4), Fake(str, 1.0), Fake(len, 1.0), timeout=timeout) == [1, 1, 1, 1]
+    assert virtual.now == 2.0
+
+
+@each_way
+@pytest.mark.parametrize("many", [False, True])
+def test_it_is_raised_when_a_call_that_ran_is_not_the_last_of_its_item(
+    job: Run, virtual: VirtualTime, *, many: bool
+) -> None:
+    fetch_result = Fake(str)
+    with pytest.raises(RunTimeout):
+        job([1], Fake(lambda item: [item] if many else item, 2.0), fetch_result, many=many, timeout=1.5)
+    assert fetch_result.calls == []
+    assert virtual.now == 2.0
+
+
 @in_virtual_time
 @in_each_order
 def test_it_is_raised_after_the_outcomes_that_are_done(*, ordered: bool) -> None:
@@ -472,6 +496,17 @@ def test_refused_batches_that_wait_for_another_one_keep_their_refusal(job: Run, 
     assert [result.status for result in results[4:]] == [400] * 8
     assert fetch.sizes == [4, 4, 4, 2, 2]
     assert virtual.now == 2.0
+
+
+@each_way
+def test_refused_batches_that_wait_are_the_end_without_return_exceptions(
+    job: Run, virtual: VirtualTime
+) -> None:
+    fetch = Fake(refusing(set(range(12))), lambda batch: 1.0 if len(batch) == 4 else 9.0, virtual=virtual)
+    with pytest.raises(ApiError, match="status 400") as raised:
+        job(range(12), fetch, str, batch_size=4, timeout=1.5)
+    assert notes(raised.value) == ["twostage: stage one, 4 items from 4, 1 attempt"]
+    assert virtual.now == 10.0
 
 
 @in_virtual_time

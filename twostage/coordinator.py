@@ -493,7 +493,8 @@ class Coordinator:
             plural = "" if call.attempts == 1 else "s"
             add_note(error, f"{line.name}, {told(call, members)}, {call.attempts} attempt{plural}")
         if not self.return_exceptions:
-            self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
+            if error is not self.timed_out:  # which keeps nothing back that is done
+                self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
             self._end(error)
             return
         if listed:
@@ -621,9 +622,6 @@ class Coordinator:
     def _give_up(self) -> None:
         """Lets nothing begin any more, as the time is over; what runs keeps its own end."""
         error = self._time_out()
-        if not self.return_exceptions:
-            self._end(error)
-            return
         for line in self.lines:
             calls: list[Call] = [*line.take_back(), *line.due, Batch(list(line.waiting))]
             line.due.clear()
@@ -633,7 +631,9 @@ class Coordinator:
                 calls.append(Batch(list(self.returned)))
                 self.returned.clear()
             for call in calls:
-                self._fail(line, call, call.members if isinstance(call, Batch) else (call,), error)
+                members: Sequence[Any] = call.members if isinstance(call, Batch) else (call,)
+                if members:
+                    self._fail(line, call, members, error)
             for batch, refusal in line.splits.take_waiting() if line.splits is not None else ():
                 self._fail(line, batch, batch.members, refusal)
         if self.reader is not None:

@@ -245,8 +245,8 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
         Exception: What a function or the source raised, with a note of stage, item and attempts.
         BatchLengthError: A batch call returned more or fewer tokens than it got items.
         MissingToken: It returned a mapping that an item is not in.
-        RunTimeout: The `timeout` has passed. (With `return_exceptions` it stands in the place of each item
-            that was not done, those that the source still had among them.)
+        RunTimeout: The `timeout` has passed, and not all is done. (With `return_exceptions` it stands in the
+            place of each item that is not, those that the source still had among them.)
         TooManyFailures: More items failed than `max_failures` allows; its `outcomes` are those that are done.
 
     >>> run_two_stage([1, 2, 3], str, len)
