@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from common import PATIENCE, Run, each_way, nothing_collected, ours, run, source_of, until
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
-from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
+from tenacity import Retrying, TryAgain, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import RunTimeout, iter_two_stage, run_two_stage
 from twostage.coordinator import Coordinator
@@ -319,6 +319,31 @@ class Failing:
 
     def __call__(self, _: object) -> object:
         raise self.error()
+
+
+@each_way
+@pytest.mark.parametrize("stage_one", [False, True])
+def test_slots_that_would_be_tried_again_too_late_have_each_their_own_failure(
+    job: Run, virtual: VirtualTime, *, stage_one: bool
+) -> None:
+    failures = [LookupError("a"), None, ApiError(503), LookupError("d")]
+    fetch = stage(Fake(lambda _: failures, 1.0), batch_size=4)
+    functions = (fetch, str) if stage_one else (stage(list, batch_size=4), fetch)
+    results = job(range(4), *functions, timeout=5.0, retry=persistent(4.0), return_exceptions=True)
+    assert results[0] is failures[0]
+    assert results[1] == ("None" if stage_one else None)
+    assert results[2:] == failures[2:]
+    assert virtual.now == 1.0
+
+
+@in_virtual_time
+@each_way
+def test_failure_behind_a_try_again_that_comes_too_late_is_the_item_s(job: Run) -> None:
+    def fetch(item: str) -> str:
+        raise TryAgain from LookupError(item)
+
+    results = job("ab", fetch, str, timeout=5.0, retry=persistent(9.0), return_exceptions=True)
+    assert [repr(error) for error in results] == ["LookupError('a')", "LookupError('b')"]
 
 
 @in_virtual_time

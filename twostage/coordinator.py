@@ -360,7 +360,9 @@ class Coordinator:
                     return members, values
                 if self.ending:
                     return (), ()
-                return self._carry_out(line, call, line.judge_values(call, members, values, self.now))
+                return self._carry_out(
+                    line, call, line.judge_values(call, members, values, self.now, self.deadline)
+                )
         if not isinstance(error, Exception):
             self._end(error)
         elif not self.ending:
@@ -377,7 +379,7 @@ class Coordinator:
                 answers.append(verdict.value)
             elif isinstance(verdict, Retry):
                 if verdict.due >= self.deadline:
-                    failed.append((members, error or self._time_out()))
+                    failed.append((members, verdict.failure or self._time_out()))
                     continue
                 line.log_retry(call, error, max(verdict.due - self.now, 0))
                 self._delay(line, call, members, verdict.due)

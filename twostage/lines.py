@@ -95,11 +95,14 @@ class Line:
         return self.judge.judges_results or (self.slots and holds_exceptions(values))
 
     def judge_values(
-        self, call: Call, members: Sequence[Any], values: Sequence[Any], now: float
+        self, call: Call, members: Sequence[Any], values: Sequence[Any], now: float, deadline: float
     ) -> Iterator[Judged]:
-        """Gives each of a call's values its verdict; those to be tried again are together, as one call."""
-        again: list[Any] = []
-        retry = first_error = None
+        """Gives each of a call's values its verdict.
+
+        Those to be tried again are together, as one call, unless that would be too late.
+        """
+        again: list[Judged] = []
+        retry: Retry | None = None
         for member, value in zip(members, values, strict=True):
             error = value if self.slots and isinstance(value, BaseException) else None
             excused = False
@@ -110,16 +113,16 @@ class Line:
             end = End(value, error, now, excused, self.pace.paused)
             verdict = self.judge.judge(call, end, retry)
             if isinstance(verdict, Retry):
-                if retry is None:
-                    first_error = error
                 retry = verdict
-                again.append(member)
+                again.append(Judged([member], verdict, error))
             elif isinstance(verdict, Answer) and (verdict.value is not value or error is not None):
                 yield from self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)
             else:
                 yield Judged([member], verdict, error)
-        if retry is not None:
-            yield Judged(again, retry, first_error)
+        if retry is not None and retry.due < deadline:
+            yield Judged([one.members[0] for one in again], retry, again[0].error)
+        else:
+            yield from again
         self._mind_pace()
 
     def judge_failure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -59,11 +59,12 @@ RetryPolicy: TypeAlias = Retrying | int | None
 DEFAULT_ATTEMPTS = 10
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Retry:
-    """Make another attempt, at `due` on the job's clock."""
+    """Make another attempt, at `due` on the job's clock; `failure` is what the call else ends with."""
 
     due: float
+    failure: Exception | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +173,8 @@ class Judge:
         if self._policy is None:
             return Answer(end.answer) if error is None else Fail(error)
         if isinstance(error, Throttled):
-            asked = Retry(end.now + min(error.seconds, LONGEST_PAUSE))
-            return asked if again is None else max(again, asked)
+            due = end.now + min(error.seconds, LONGEST_PAUSE)
+            return Retry(due if again is None else max(due, again.due), error)
         return self._ask(self._policy, call, end, again)
 
     def _ask(self, policy: Retrying, call: Call, end: End, again: Retry | None) -> Verdict:
@@ -201,9 +202,11 @@ class Judge:
             if again is not None:
                 if isinstance(error, tenacity.TryAgain) or policy.retry(state):
                     asks = error is not None and retry_after(error)
-                    return max(again, _after(now, policy.wait(state))) if asks else again
+                    due = max(again.due, _due(now, policy.wait(state))) if asks else again.due
+                    return Retry(due, failure)
                 return Answer(answer) if failure is None else Fail(failure)
             verdict = policy.iter(state)
+            retry = Retry(_due(now, verdict), failure) if isinstance(verdict, tenacity.DoSleep) else None
         except Exception as raised:
             if failure is not None and (raised is failure or raised is error):
                 return Fail(failure.with_traceback(traceback))  # without tenacity's frames
@@ -215,15 +218,13 @@ class Judge:
         finally:
             state.outcome = None  # what a call returned is kept by nobody but its outcome
             del error, failure, answer, end
-        if not isinstance(verdict, tenacity.DoSleep):
-            return Answer(verdict)
-        return _after(now, verdict)
+        return Answer(verdict) if retry is None else retry
 
 
-def _after(now: float, wait: float) -> Retry:
+def _due(now: float, wait: float) -> float:
     if not math.isfinite(wait):
         raise ValueError(f"the retry policy's wait is {wait}; expected a finite number of seconds")
-    return Retry(now + wait)
+    return now + wait
 
 
 def _stops(stop: Callable[[RetryCallState], bool], state: CallState) -> bool:
