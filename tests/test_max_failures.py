@@ -170,6 +170,17 @@ def test_share_is_looked_at_from_twenty_outcomes_on() -> None:
 
 
 @in_virtual_time
+@each_way
+def test_share_that_is_passed_when_it_is_first_looked_at_ends_the_job_after_a_success_too(job: Run) -> None:
+    assert ends(0.5, (BAD, 10), (GOOD, 10)) is None
+    error = ended(job, range(50), int, one_after_another(failing(range(11))), max_failures=0.5)
+    assert (
+        str(error) == "11 items failed of the last 20, more than max_failures=0.5 allows; the last one is 10"
+    )
+    assert repr(error.__cause__) == "LookupError(10)"
+
+
+@in_virtual_time
 def test_share_that_is_met_is_not_passed() -> None:
     assert ends(0.5, (BAD, 10), (GOOD, 10), (GOOD, 1), (BAD, 1)) is None
     assert ends(0.5, (GOOD, 10), (BAD, 11)) == 21
@@ -334,15 +345,21 @@ def test_on_threads_what_runs_is_awaited_and_counts(
 
 @each_way
 def test_error_is_no_reference_cycle(job: Run) -> None:
-    def fail() -> weakref.ref[BaseException]:
+    class Failure(LookupError):  # noqa: N818 - a class of Python, so that it can be referred to
+        pass
+
+    def fetch(number: int) -> int:
+        raise Failure
+
+    def fail() -> list[weakref.ref[BaseException]]:
         try:
-            job(range(9), int, failing(range(9)), retry=None, max_failures=2, return_exceptions=True)
+            job(range(9), int, fetch, retry=None, max_failures=2, return_exceptions=True)
         except TooManyFailures as error:
-            return weakref.ref(error)
+            return [weakref.ref(error), weakref.ref(error.__cause__ or error)]
         raise AssertionError
 
     with nothing_collected():
-        assert fail()() is None
+        assert [one() for one in fail()] == [None, None]
 
 
 def test_failures_are_not_kept_in_a_stream_that_goes_on() -> None:

@@ -674,5 +674,5 @@ class Coordinator:
         message = Message(self.handing.take_ready(), wanted, leave, ended, self.error)
         if ended:
             # An exception's traceback leads back here, by the frames of its worker.
-            self.handing.results = self.error = self.timed_out = None
+            self.handing.results = self.error = self.timed_out = self.too_many = None
         return message

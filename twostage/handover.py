@@ -140,12 +140,15 @@ class FailureLimit:
         self._most = most
         self._many = many
         self._failures = 0
+        self._last: tuple[Exception, object] | None = None  # and its item
         self._recent: deque[bool] | None = deque(maxlen=RECENT) if most < 1 else None
 
     def passed(self, outcome: AnyOutcome) -> TooManyFailures | None:
         """Hears of an outcome; returns what ends the job if it is one failure too many."""
         failure = self._failure(outcome)
         self._failures += failure is not None
+        if failure is not None:
+            self._last = failure, outcome.item
         most, of_these = self._most, ""
         if self._recent is not None:
             if len(self._recent) == RECENT:
@@ -154,13 +157,14 @@ class FailureLimit:
             looked_at = len(self._recent)
             most = most * looked_at if looked_at >= LEAST_RECENT else looked_at
             of_these = f" of the last {looked_at}"
-        if failure is None or self._failures <= most:
+        if self._last is None or self._failures <= most:
             return None
+        last, item = self._last
         error = TooManyFailures(
             f"{self._failures} items failed{of_these}, more than max_failures={self._most:g} allows; "
-            f"the last one is {brief(outcome.item)}"
+            f"the last one is {brief(item)}"
         )
-        error.__cause__ = failure
+        error.__cause__ = last
         return error
 
     def _failure(self, outcome: AnyOutcome) -> Exception | None:
