@@ -386,6 +386,22 @@ def test_source_is_read_and_closed_in_one_thread_of_its_own() -> None:
     assert not ours()
 
 
+@in_virtual_time
+@pytest.mark.parametrize("linger", [None, 1.0])
+def test_stop_iteration_of_the_key_does_not_end_a_loop_as_if_complete(linger: float | None) -> None:
+    def key(item: int) -> int:
+        if item == 2:
+            raise StopIteration("of the key's")
+        return item
+
+    with (
+        iter_two_stage(range(4), str, str, key=key, linger=linger) as outcomes,
+        pytest.raises(RuntimeError, match="raised StopIteration") as raised,
+    ):
+        list(outcomes)
+    assert isinstance(raised.value.__cause__, StopIteration)
+
+
 def test_source_is_closed_by_its_thread_when_the_job_is_closed() -> None:
     closed: list[str] = []
     with iter_two_stage(source_of(itertools.count(), closed), str, str, linger=1.0) as outcomes:

@@ -54,7 +54,10 @@ class Source:
             StopIteration: There is none.
         """
         item = next(self._items)
-        return item, None if self._key is None else self._key_of(item)
+        try:
+            return item, None if self._key is None else self._key_of(item)
+        except StopIteration as error:  # it would end the job as if the source was at its end
+            raise RuntimeError("a function of the job raised StopIteration") from error
 
     def _key_of(self, item: object) -> Hashable:
         assert self._key is not None  # noqa: S101 - for the type checker
