@@ -232,6 +232,29 @@ def test_leaving_the_with_block_closes(way: str, ending: threading.Event) -> Non
     assert not ours()
 
 
+@pytest.mark.parametrize("linger", [None, 1.0])
+@pytest.mark.parametrize("used", [False, True])
+def test_iterator_of_any_kind_is_closed_once(linger: float | None, *, used: bool) -> None:
+    class Items:
+        closed = 0
+
+        def __iter__(self) -> Iterator[int]:
+            return self
+
+        def __next__(self) -> int:
+            return next(numbers)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    items, numbers = Items(), iter(range(3))
+    with iter_two_stage(items, str, str, linger=linger) as outcomes:
+        if used:
+            assert len(list(outcomes)) == 3
+    outcomes.close()
+    assert items.closed == 1
+
+
 def test_exception_of_the_source_s_own_closing_comes_out_when_all_is_over() -> None:
     def source() -> Iterator[int]:
         try:

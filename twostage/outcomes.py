@@ -71,9 +71,10 @@ class Source:
         return key
 
     def close(self) -> None:
-        """Closes the items, if they were given to be used up and can be closed."""
+        """Closes the items, once, if they were given to be used up and can be closed."""
         if self._close is not None:
             self._close()
+            self._close = None
 
 
 class Job:
