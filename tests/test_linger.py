@@ -478,6 +478,26 @@ def test_retries_are_made_while_the_source_blocks() -> None:
     let_go(items)
 
 
+def test_thread_of_the_source_that_cannot_be_started_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    error = RuntimeError("can't start new thread")
+
+    def fail_for_source(thread: threading.Thread) -> None:
+        if thread.name == "twostage-source":
+            raise error
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_for_source)
+    items = Items(1)
+    outcomes = iter_two_stage(items, str, str, linger=1.0)
+    with pytest.raises(RuntimeError) as raised:
+        next(outcomes)
+    assert raised.value is error
+    assert items.closers == [threading.current_thread()]
+    assert items.readers == set()
+    assert not ours()
+
+
 SCRIPT = """
     import queue
     from twostage import iter_two_stage

@@ -331,8 +331,9 @@ class SourceRunner(Runner):
         for call in calls:
             self._queue.put(call)
         if self._thread is None and calls and not self._stopped:
-            self._thread = threading.Thread(target=self._read_on, name="twostage-source", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._read_on, name="twostage-source", daemon=True)
+            thread.start()
+            self._thread = thread  # one that could not be started reads nothing, and closes nothing
 
     def _read_on(self) -> None:
         put = self._completions.put
