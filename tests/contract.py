@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tenacity import Retrying, retry_if_exception, wait_fixed
 
-from twostage import MissingToken, Stage, iter_two_stage, run_two_stage
+from twostage import MissingToken, Outcome, RunTimeout, Stage, TooManyFailures, iter_two_stage, run_two_stage
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from twostage import Outcome
     from twostage.coordinator import Coordinator
 
 __all__ = ["Answers", "Plan", "check", "drawn_plan"]
@@ -51,11 +50,20 @@ class Plan:
     seed: int
     answers: Answers | None = None
     """What else an API may answer."""
+    timeout: float | None = None
+    max_failures: float | None = None
+    linger: float | None = None
 
     @property
     def may_end_early(self) -> bool:
-        failing = self.lasting or (self.miscounted and self.batch_size) or self.answers
-        return self.source_fails_at is not None or bool(failing and not self.return_exceptions)
+        failing = self.lasting or (self.miscounted and self.batch_size) or self.answers or self.timeout
+        limited = self.source_fails_at is not None or self.max_failures is not None
+        return limited or bool(failing and not self.return_exceptions)
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether no item is asked for again when an equal one has been handed over."""
+        return self.listed or self.answers is None or self.answers.distinct is None
 
     def item_at(self, index: int) -> int:
         return (
@@ -103,7 +111,7 @@ def drawn_plan(seed: int) -> Plan:
     batch_size = rng.choice((None, 1, 2, 10, 37))
     some = rng.randrange(items + 1)
     answers = None if rng.random() < 0.5 else drawn_answers(rng, batched=batch_size is not None)
-    return Plan(
+    plan = Plan(
         items=items,
         batch_size=batch_size,
         workers=(rng.choice((1, 2, 5, 40)), rng.choice((1, 3, 20, 100))),
@@ -125,6 +133,20 @@ def drawn_plan(seed: int) -> Plan:
         consumer_pause=rng.choice((0.0, 0.0, 0.3)),
         seed=seed,
         answers=answers,
+    )
+    return with_ends(plan, random.Random(-1 - seed))
+
+
+def with_ends(plan: Plan, rng: random.Random) -> Plan:
+    """Returns the plan with what ends a job early, at times; drawn apart, so that the rest stays as it is."""
+    timeout = rng.choice((0.5, 1.0, 2.5, 10.0, 60.0)) if rng.random() < 0.2 else None
+    most = rng.choice((1, 3, 20, 0.05, 0.5)) if rng.random() < 0.2 else None
+    linger = rng.choice((0.2, 1.0, 5.0)) if rng.random() < 0.2 else None
+    return replace(
+        plan,
+        timeout=timeout,
+        max_failures=most if plan.return_exceptions else None,
+        linger=None if plan.listed else linger,
     )
 
 
@@ -156,7 +178,13 @@ class Watch:
         self.read = 0
         self.most_read = 0
         self.taken = 0
+        self.arrived: list[float] = []  # when each item came
+        self.exhausted: float | None = None  # when the source had no more of them
         self.source_closed = False
+        self.batches: list[tuple[float, list[int]]] = []
+        self.blamed: dict[type[Exception], set[int]] = {ApiError: set(), ValueError: set()}
+        """Items that were in a batch which was refused, or came back with a token too many."""
+        self.answered: set[str] = set()  # tokens with a result
         self.attempts: dict[str, list[tuple[float, float]]] = {"stage one": [], "stage two": []}
         self.made: Counter[str] = Counter()  # attempts of each token's call
         self.due: dict[str, float] = {}  # for an item or a token that has failed and may not be sent before
@@ -171,14 +199,39 @@ class Watch:
                     raise EOFError
                 self.read += 1
                 self.most_read = max(self.most_read, self.read - self.taken)
+                self.arrived.append(self.virtual.now)
                 yield self.plan.item_at(index)
+            self.exhausted = self.virtual.now
         finally:
             self.source_closed = True
 
+    @property
+    def timed_out(self) -> bool:
+        return self.plan.timeout is not None and self.virtual.now >= self.plan.timeout
+
+    def too_late(self, item: int) -> bool:
+        """Whether an item, or a token of its, has failed so late that it could not be sent again."""
+        assert self.plan.timeout is not None
+        return any(
+            due >= self.plan.timeout and member.split()[1] == str(item) for member, due in self.due.items()
+        )
+
+    def refuse(self, items: list[int]) -> None:
+        self.assert_in_time()
+        if self.plan.answers is not None and any(map(self.plan.answers.is_refused, items)):
+            self.blamed[ApiError].update(items)
+            raise ApiError(400)
+
+    def assert_in_time(self) -> None:
+        assert self.plan.timeout is None or self.virtual.now <= self.plan.timeout, "a call begins too late"
+
     def attempt(self, stage: str, members: list[str]) -> None:
+        self.assert_in_time()
         began = self.virtual.now
         for member in members:
-            assert began >= self.due.pop(member, 0), f"{stage} of {member} begins before it is due"
+            due = self.due.pop(member, 0)
+            given_up = self.plan.timeout is not None and due >= self.plan.timeout and not self.plan.asks_once
+            assert began >= due or given_up, f"{stage} of {member} begins before it is due"
         sleep(self.plan.latency(self.rng))
         self.attempts[stage].append((began, self.virtual.now))
         if self.rng.random() < self.plan.fail:
@@ -204,8 +257,7 @@ class Watch:
         return [f"{given} {place}" for place in range(answers.tokens(item))] if answers.many else given
 
     def fetch_token(self, item: int) -> str | list[str]:
-        if self.plan.answers is not None and self.plan.answers.is_refused(item):
-            raise ApiError(400)
+        self.refuse([item])
         self.attempt("stage one", [f"item {item}"])
         return self.token(item)
 
@@ -213,12 +265,15 @@ class Watch:
         assert 1 <= len(items) <= (self.plan.batch_size or 0)
         assert len(set(items)) == len(items), "an item is twice in a batch"
         answers = self.plan.answers
-        if answers is not None and any(map(answers.is_refused, items)):
-            raise ApiError(400)
+        self.batches.append((self.virtual.now, items))
+        self.refuse(items)
         self.attempt("stage one", [f"item {item}" for item in items])
         if answers is None:
             tokens = [f"token {item}" for item in items]
-            return tokens + tokens[:1] if self.plan.miscounted.intersection(items) else tokens
+            if not self.plan.miscounted.intersection(items):
+                return tokens
+            self.blamed[ValueError].update(items)
+            return tokens + tokens[:1]
         if not answers.keyed:
             return [self.slot(f"item {item}", answers.slots, partial(self.token, item)) for item in items]
         answered = {}
@@ -238,6 +293,7 @@ class Watch:
             raise ExpiredError
         if int(item) in self.plan.lasting:
             raise LookupError(item)
+        self.answered.add(token)
         return -int(item)
 
     def fetch_result(self, token: str) -> int:
@@ -300,7 +356,12 @@ def run(plan: Plan, watch: Watch) -> Ended:
         )
     )
     second: Any = Stage(watch.fetch_result, workers=plan.workers[1], retry=retry)
-    settings: dict[str, Any] = {"window": plan.window, "return_exceptions": plan.return_exceptions}
+    settings: dict[str, Any] = {
+        "window": plan.window,
+        "return_exceptions": plan.return_exceptions,
+        "timeout": plan.timeout,
+        "max_failures": plan.max_failures,
+    }
     if plan.answers is not None:
         settings |= {"many": plan.answers.many, "refresh_token_on": ExpiredError}
         if plan.answers.distinct is not None:
@@ -312,7 +373,8 @@ def run(plan: Plan, watch: Watch) -> Ended:
     try:
         if plan.listed:
             return Ended(results=run_two_stage(watch.source(), first, second, **settings))
-        with iter_two_stage(watch.source(), first, second, ordered=plan.ordered, **settings) as stream:
+        settings |= {"ordered": plan.ordered, "linger": plan.linger}
+        with iter_two_stage(watch.source(), first, second, **settings) as stream:
             watch.books = stream._job._coordinator
             for outcome in stream:
                 watch.taken += 1
@@ -320,7 +382,9 @@ def run(plan: Plan, watch: Watch) -> Ended:
                 if len(outcomes) == plan.leave_after:
                     return Ended(left=True, outcomes=outcomes)
                 sleep(plan.consumer_pause)
-    except (ApiError, LookupError, ValueError, EOFError) as error:
+    except TooManyFailures as error:
+        return Ended(error, outcomes=error.outcomes if plan.listed else outcomes)
+    except (ApiError, LookupError, ValueError, EOFError, RunTimeout) as error:
         return Ended(error, outcomes=outcomes)
     return Ended(outcomes=outcomes)
 
@@ -334,20 +398,27 @@ def check(plan: Plan) -> None:
     with VirtualTime(plan.seed) as virtual:
         watch = Watch(plan, virtual)
         ended = run(plan, watch)
+        check_ended(watch, ended)
         begun = sum(map(len, watch.attempts.values()))
         sleep(1e6)
         assert sum(map(len, watch.attempts.values())) == begun, "an attempt begins after the end"
+
+
+def check_ended(watch: Watch, ended: Ended) -> None:
+    """Holds a job that has ended against its plan."""
+    plan = watch.plan
     assert watch.source_closed or watch.read == 0
     assert plan.listed or watch.most_read <= plan.window
     for stage, limit in zip(("stage one", "stage two"), plan.workers, strict=True):
         assert watch.most_at_once(stage) <= limit
-    _check_end(plan, ended)
+    _check_end(watch, ended)
+    _check_failures(plan, ended)
+    _check_part_full(watch)
     over = ended.error is None and not ended.left
     if plan.listed:
         assert len(ended.results) == (plan.items if over else 0)
         for index, result in enumerate(ended.results):
-            _check_outcome(plan, index, result, result if isinstance(result, Exception) else None)
-        return
+            _check_outcome(watch, index, result, result if isinstance(result, Exception) else None)
     if over and watch.books is not None:  # nothing is left in them but outcomes that are on their way
         left = watch.books.in_progress - (watch.books.read - watch.books.handing.taken)
         # A token that was dropped may still run when all is done, and then fail unheard.
@@ -356,33 +427,36 @@ def check(plan: Plan) -> None:
         assert not watch.books.refreshed
     indices = [outcome.index for outcome in ended.outcomes]
     assert len(set(indices)) == len(indices), "an item gave two outcomes"
-    assert len(indices) == plan.items or not over, "an item gave no outcome"
-    if plan.ordered:
+    assert len(indices) == plan.items or plan.listed or not over, "an item gave no outcome"
+    if plan.ordered or plan.listed:
         assert indices == sorted(indices)
         # What is done before a failure is handed over, with gaps; a consumer may leave between them.
         assert plan.may_end_early or indices == list(range(len(indices)))
     for outcome in ended.outcomes:
         assert outcome.item == plan.item_at(outcome.index)
         failed = outcome.exception is not None
-        _check_outcome(plan, outcome.index, None if failed else outcome.result, outcome.exception)
+        _check_outcome(watch, outcome.index, None if failed else outcome.result, outcome.exception)
         tokens: Any = outcome.token
         made = sum(watch.made[token] for token in (tokens if isinstance(tokens, list) else [tokens]))
         assert made == outcome.result_attempts
 
 
-def _check_end(plan: Plan, ended: Ended) -> None:
-    error = ended.error
-    answers = plan.answers
-    if isinstance(error, EOFError):
+def _check_end(watch: Watch, ended: Ended) -> None:
+    plan, error, answers = watch.plan, ended.error, watch.plan.answers
+    late = plan.timeout is not None and any(due >= plan.timeout for due in watch.due.values())
+    if isinstance(error, TooManyFailures):
+        assert plan.max_failures is not None
+    elif isinstance(error, RunTimeout):
+        _check_timeout(watch, ended)
+    elif isinstance(error, EOFError):
         assert plan.source_fails_at is not None
     elif isinstance(error, MissingToken):
         assert answers is not None
-        assert any(map(answers.is_missing, range(plan.items)))
+        assert any(map(answers.is_missing, range(plan.items))) or (late and answers.left_out)
         assert not plan.return_exceptions
     elif isinstance(error, ApiError):
-        assert error.status == 400
-        assert answers is not None
-        assert any(map(answers.is_refused, range(plan.items)))
+        assert error.status == (400 if watch.blamed[ApiError] and error.status == 400 else 503)
+        assert error.status == 400 or late
         assert not plan.return_exceptions
     elif isinstance(error, LookupError):
         assert plan.lasting
@@ -396,12 +470,83 @@ def _check_end(plan: Plan, ended: Ended) -> None:
         assert plan.return_exceptions or answers is not None or not plan.lasting
 
 
-def _check_outcome(plan: Plan, index: int, result: object, exception: BaseException | None) -> None:
-    size = plan.batch_size
-    answers = plan.answers
+def _check_timeout(watch: Watch, ended: Ended) -> None:
+    """Checks that a job had to end with its timeout."""
+    plan = watch.plan
+    assert plan.timeout is not None
+    assert watch.timed_out
+    if plan.return_exceptions:  # the source was not at its end, and what had been read is handed over
+        assert not plan.listed
+        assert watch.exhausted is None or (plan.linger is not None and watch.exhausted > plan.timeout)
+        came = sum(time <= plan.timeout for time in watch.arrived)
+        on_its_way = 0 if plan.linger is None else 1  # to a thread that is not waited for
+        assert max(came, watch.read - on_its_way) <= len(ended.outcomes) <= watch.read
+    elif plan.answers is None:
+        done = len(watch.answered)
+        assert done < plan.items if plan.listed else done < watch.read or watch.exhausted is None
+
+
+def _failures(outcome: Outcome[int, str, Any]) -> list[Exception]:
+    if outcome.exception is not None:
+        return [outcome.exception]
+    result = outcome.result
+    return [one for one in result if isinstance(one, Exception)] if isinstance(result, list) else []
+
+
+def _check_failures(plan: Plan, ended: Ended) -> None:
+    """Checks that a job ends with too many failures when there are too many, and else does not."""
+    if plan.max_failures is None:
+        return
+    ends = isinstance(ended.error, TooManyFailures)
+    outcomes = [*ended.outcomes, *map(_as_outcome, ended.results)]
+    failures = [_failures(outcome) for outcome in outcomes]
+    failed = [bool(one) for one in failures]
+    if plan.max_failures >= 1:
+        passed_at = [at for at in range(len(failed)) if sum(failed[: at + 1]) > plan.max_failures]
+    else:
+        recent = {at: failed[max(0, at - 99) : at + 1] for at in range(19, len(failed))}
+        passed_at = [at for at, last in recent.items() if sum(last) > plan.max_failures * len(last)]
+    in_turn = not (plan.listed or plan.ordered)  # as they were done
+    if in_turn or plan.max_failures >= 1:
+        assert not ends or passed_at
+        assert ends or not passed_at or ended.left or ended.error is not None
+    if ends:
+        assert ended.error is not None
+        last = max(at for at in range(passed_at[0] + 1) if failed[at]) if in_turn else None
+        causes = failures[last] if last is not None else [one for some in failures for one in some]
+        assert any(ended.error.__cause__ is one for one in causes)
+
+
+def _as_outcome(result: Any) -> Outcome[int, str, Any]:  # noqa: ANN401 - of a list
+    outcome = Outcome[int, str, Any](0, 0)
+    outcome.result = result if not isinstance(result, Exception) else None
+    outcome.exception = result if isinstance(result, Exception) else None
+    return outcome
+
+
+def _check_part_full(watch: Watch) -> None:
+    """Checks that a batch leaves part-full only when its first item has waited, or there are no others."""
+    plan = watch.plan
+    disturbed = plan.fail or plan.answers or plan.window < 10_000 or plan.source_fails_at is not None
+    if plan.linger is None or disturbed:
+        return
+    for began, items in watch.batches:
+        if len(items) < (plan.batch_size or 1) and not (
+            watch.exhausted is not None and watch.exhausted <= began
+        ):
+            assert began >= watch.arrived[items[0]] + plan.linger, "a batch leaves too early"
+
+
+def _check_outcome(watch: Watch, index: int, result: Any, exception: BaseException | None) -> None:  # noqa: ANN401
+    plan = watch.plan
     item = plan.item_at(index)
+    if plan.timeout is not None and _is_late(watch, item, exception):
+        return
+    size, answers = plan.batch_size, plan.answers
     batch = range(item, item + 1) if size is None else range(item - item % size, item - item % size + size)
-    if size is not None and plan.miscounted.intersection(batch):
+    if size is not None and (
+        plan.miscounted.intersection(batch) if plan.linger is None else item in watch.blamed[ValueError]
+    ):
         assert isinstance(exception, ValueError)
     elif answers is not None and answers.is_refused(item):
         assert isinstance(exception, ApiError)
@@ -412,9 +557,33 @@ def _check_outcome(plan: Plan, index: int, result: object, exception: BaseExcept
         assert exception is None
         assert isinstance(result, list)
         assert len(result) == answers.tokens(item)
-        assert all(isinstance(one, LookupError) if item in plan.lasting else one == -item for one in result)
+        for one in result:
+            assert (
+                plan.timeout is not None and isinstance(one, Exception) and _is_late(watch, item, one)
+            ) or (isinstance(one, LookupError) if item in plan.lasting else one == -item)
     elif item in plan.lasting:
         assert isinstance(exception, LookupError)
     else:
         assert exception is None
         assert result == -item
+
+
+def _is_late(watch: Watch, item: int, exception: BaseException | None) -> bool:
+    """Whether an item, or one of its tokens, failed because the time was over, or would soon be."""
+    answers = watch.plan.answers
+    if isinstance(exception, RunTimeout):
+        assert watch.timed_out
+        if watch.plan.asks_once and not (
+            answers and answers.many
+        ):  # it has no result, and no failure of its own that was too late to be tried again
+            assert not any(token.split()[1] == str(item) for token in watch.answered)
+            assert not watch.too_late(item)
+        return True
+    if isinstance(exception, ApiError) and exception.status == 400:
+        assert item in watch.blamed[ApiError]
+        return watch.timed_out  # its batch waited for another one's halves
+    left_out = answers is not None and answers.left_out and isinstance(exception, MissingToken)
+    if left_out or isinstance(exception, ApiError):
+        assert watch.too_late(item) or not watch.plan.asks_once
+        return True
+    return False

@@ -409,6 +409,7 @@ def plans(draw: st.DrawFn) -> Plan:
     items = draw(st.integers(0, 120))
     batch_size = draw(st.none() | st.integers(1, 50))
     some_items = st.frozensets(st.integers(0, max(items - 1, 0)), max_size=4)
+    listed, return_exceptions = draw(st.booleans()), draw(st.booleans())
     return Plan(
         items=items,
         batch_size=batch_size,
@@ -422,12 +423,17 @@ def plans(draw: st.DrawFn) -> Plan:
         miscounted=draw(some_items) & frozenset(range(items)),
         source_fails_at=draw(st.none() | st.integers(0, 120)),
         leave_after=draw(st.none() | st.integers(1, 120)),
-        listed=draw(st.booleans()),
+        listed=listed,
         ordered=draw(st.booleans()),
-        return_exceptions=draw(st.booleans()),
+        return_exceptions=return_exceptions,
         source_pause=draw(st.sampled_from([0.0, 0.3])),
         consumer_pause=draw(st.sampled_from([0.0, 0.3])),
         seed=draw(st.integers(0, 2**16)),
+        timeout=draw(st.none() | st.floats(0.01, 30)),
+        max_failures=draw(st.none() | st.integers(1, 50) | st.floats(0.01, 0.99))
+        if return_exceptions
+        else None,
+        linger=None if listed else draw(st.none() | st.floats(0.01, 10)),
     )
 
 
