@@ -181,17 +181,31 @@ def test_stream_gives_it_to_what_was_read_and_then_raises(linger: float | None, 
 
 @in_virtual_time
 @in_each_order
-def test_stream_reads_no_more_once_the_time_is_over(*, ordered: bool) -> None:
-    source = Source()
-    with iter_two_stage(
-        iter(source), Fake(str, 1.0), str, ordered=ordered, timeout=2.5, return_exceptions=True
-    ) as outcomes:
+def test_thread_that_reads_the_source_stops_when_the_time_is_over(*, ordered: bool) -> None:
+    """The consumer is away then; every tenth of a second an item comes."""
+    source = Source(0.1)
+    settings: dict[str, Any] = {"ordered": ordered, "linger": 1.0, "timeout": 9.95, "return_exceptions": True}
+    with iter_two_stage(iter(source), Fake(str, 1.0), str, **settings) as outcomes:
+        next(outcomes)
+        sleep(100)
+        with pytest.raises(RunTimeout):
+            list(outcomes)
+    assert source.read == 99 + 1  # one was on its way
+
+
+@in_virtual_time
+@in_each_order
+@pytest.mark.parametrize("pause", [0.0, 0.01])
+def test_consumer_that_was_away_reads_no_more_than_was_wanted_of_it(pause: float, *, ordered: bool) -> None:
+    source = Source(pause)
+    settings: dict[str, Any] = {"ordered": ordered, "timeout": 2.5, "return_exceptions": True}
+    with iter_two_stage(iter(source), Fake(each(str), 1.0), str, batch_size=10, **settings) as outcomes:
         next(outcomes)
         sleep(100)
         read = source.read
         with pytest.raises(RunTimeout):
             list(outcomes)
-    assert source.read <= read + 1 * 8
+    assert source.read <= read + 256  # a bound's worth
 
 
 @in_virtual_time
@@ -278,6 +292,17 @@ def test_consumer_that_was_away_gets_what_is_done_and_what_is_late(*, ordered: b
     results = [outcome.exception or outcome.result for outcome in taken]
     assert len(results) == source.read
     assert len(late(results)) == source.read - 8
+
+
+@in_virtual_time
+@in_each_order
+def test_books_are_in_order_when_all_is_over(*, ordered: bool) -> None:
+    first = stage(Fake(list, 1.0), batch_size=2, workers=2)
+    second = stage(Fake(str, 1.0), workers=1)
+    settings: dict[str, Any] = {"ordered": ordered, "timeout": 2.5, "return_exceptions": True}
+    with iter_two_stage(range(400), first, second, **settings) as outcomes:
+        assert len(list(outcomes)) == 400
+        assert outcomes._job._coordinator.at_work == 0
 
 
 # --- failures that would be tried again
@@ -427,6 +452,15 @@ def test_it_is_raised_after_the_outcomes_that_are_done(*, ordered: bool) -> None
     assert outcomes[0 if ordered else -1].result == "0"
     assert sorted(outcome.index for outcome in outcomes) == list(range(len(outcomes)))
     assert {outcome.exception for outcome in outcomes} == {None}
+
+
+@in_virtual_time
+def test_in_order_what_is_done_behind_a_gap_is_handed_over_too() -> None:
+    """The first token comes when the time is over, and is the first of those that do."""
+    fetch_token = Fake(str, lambda item: 0.5 if item else 2.2)
+    outcomes, error = stream(iter(Source(0.5)), fetch_token, str, ordered=True, linger=1.0, timeout=2.6)
+    assert error is not None
+    assert [outcome.index for outcome in outcomes] == [1, 2, 3]
 
 
 @each_way
