@@ -17,7 +17,7 @@ from common import PATIENCE, Run, each_way, nothing_collected, ours, run, source
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, TryAgain, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
-from twostage import RunTimeout, iter_two_stage, run_two_stage
+from twostage import RunTimeout, Throttled, iter_two_stage, run_two_stage
 from twostage.coordinator import Coordinator
 from twostage.testing import ApiError, VirtualTime, sleep
 
@@ -358,6 +358,18 @@ def test_slots_that_would_be_tried_again_too_late_have_each_their_own_failure(
     assert results[0] is failures[0]
     assert results[1] == ("None" if stage_one else None)
     assert results[2:] == failures[2:]
+    assert virtual.now == 1.0
+
+
+@each_way
+def test_slots_that_would_wait_for_a_throttled_one_for_too_long_have_each_their_own_failure(
+    job: Run, virtual: VirtualTime
+) -> None:
+    """They would go again together, when the last of them is due."""
+    failures = [LookupError("a"), LookupError("b"), Throttled(100), LookupError("d")]
+    fetch = stage(Fake(lambda _: failures, 1.0), batch_size=4)
+    results = job(range(4), fetch, str, timeout=5.0, retry=persistent(1.0), return_exceptions=True)
+    assert results == failures
     assert virtual.now == 1.0
 
 

@@ -101,7 +101,7 @@ class Line:
 
         Those to be tried again are together, as one call, unless that would be too late.
         """
-        again: list[Judged] = []
+        again: list[tuple[Any, Exception | None, Exception | None]] = []
         retry: Retry | None = None
         for member, value in zip(members, values, strict=True):
             error = value if self.slots and isinstance(value, BaseException) else None
@@ -114,15 +114,16 @@ class Line:
             verdict = self.judge.judge(call, end, retry)
             if isinstance(verdict, Retry):
                 retry = verdict
-                again.append(Judged([member], verdict, error))
+                again.append((member, error, verdict.failure))
             elif isinstance(verdict, Answer) and (verdict.value is not value or error is not None):
                 yield from self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)
             else:
                 yield Judged([member], verdict, error)
         if retry is not None and retry.due < deadline:
-            yield Judged([one.members[0] for one in again], retry, again[0].error)
-        else:
-            yield from again
+            yield Judged([member for member, *_ in again], retry, again[0][1])
+        elif retry is not None:  # too late for all, since they would go when the last of them is due
+            for member, error, failure in again:
+                yield Judged([member], Retry(retry.due, failure), error)
         self._mind_pace()
 
     def judge_failure(
