@@ -54,4 +54,4 @@ def test_every_block_runs(api: EmbeddedApi, exports: EmbeddedApi, capsys: pytest
 
 
 def test_every_block_is_found() -> None:
-    assert len(BLOCKS) == TEXT.count("```python") == 8
+    assert len(BLOCKS) == TEXT.count("```python") == 9
