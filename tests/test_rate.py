@@ -10,9 +10,11 @@ import threading
 import time
 import weakref
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,6 +38,14 @@ NOBODY: Any = None  # runs what a gate is asked about by itself
 
 def same(argument: Any) -> Any:  # noqa: ANN401 - whatever it is
     return argument
+
+
+def slow_at_first(path: Path) -> bool:
+    """Notes when it begins, in whatever process."""
+    path.write_text(str(time.monotonic()))
+    if path.name == "0":
+        sleep(1.2)
+    return True
 
 
 def begins(fake: Fake) -> list[float]:
@@ -208,3 +218,24 @@ def test_rate_that_can_not_be(settings: dict[str, Any], kind: type[Exception], m
 def test_stage_s_rate_that_can_not_be(rate: Any, kind: type[Exception]) -> None:  # noqa: ANN401
     with pytest.raises(kind, match=r"^rate is .*; expected a number of starts a second"):
         Stage(same, rate=rate)
+
+
+# --- on real threads
+
+
+@pytest.mark.parametrize(
+    ("pool", "most"),
+    [
+        (ThreadPoolExecutor, 3),
+        (ProcessPoolExecutor, 3 + 2),  # it hands out two more than it has processes
+    ],
+)
+def test_call_counts_from_when_it_begins_and_not_from_when_an_executor_got_it(
+    pool: Callable[[int], Executor], most: int, tmp_path: Path
+) -> None:
+    with pool(1) as executor:
+        fetch_result = stage(slow_at_first, workers=8, executor=executor, rate=Rate(3, per=0.4))
+        run_two_stage(range(9), lambda item: tmp_path / str(item), fetch_result)
+    begun = [float(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(begun) == 9
+    assert kept(begun, most, 0.2)  # half of it, as it is noted a little later than it begins

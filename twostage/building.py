@@ -289,7 +289,16 @@ def _line(
 def _work(settings: _Settings, argument: Callable[[Any], Any], ended: Handler) -> Work:
     stage = settings.stage
     title = "stage one" if settings.name == "fetch_token" else "stage two"
-    return Work(title, stage.fetch, argument, ended, settings.workers, stage.executor, stage.attempt_timeout)
+    return Work(
+        title,
+        stage.fetch,
+        argument,
+        ended,
+        settings.workers,
+        stage.executor,
+        stage.attempt_timeout,
+        rated=bool(rates_of(stage.rate, "rate")),
+    )
 
 
 _token = attrgetter("token")

@@ -54,6 +54,9 @@ class Gate:
 class Rate:
     """At most `limit` starts in any `per` seconds, or starts that weigh so much together.
 
+    A start counts from when the attempt begins in its thread; on an executor of processes from when it is
+    passed on to them.
+
     Args:
         limit: How many, or how much.
         per: Seconds.

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -50,6 +51,7 @@ class Work(NamedTuple):
         workers: How many attempts may run at once.
         executor: Where they run; `None` for a pool of our own.
         attempt_timeout: Seconds after which an attempt is given up; `None` for never.
+        rated: Whether it matters when exactly an attempt begins.
     """
 
     stage: str
@@ -59,6 +61,7 @@ class Work(NamedTuple):
     workers: int
     executor: Executor | None
     attempt_timeout: float | None = None
+    rated: bool = False
 
 
 class Runner:
@@ -112,6 +115,23 @@ def given_up(work: Work, call: Call) -> AttemptTimeout:
     return AttemptTimeout(f"the attempt took longer than attempt_timeout={work.attempt_timeout:g} s")
 
 
+class _Noting:
+    """A call's function that notes when it begins. For another process it is the bare function."""
+
+    def __init__(self, fetch: Callable[[Any], Any], call: Call, clock: Clock) -> None:
+        self._fetch = fetch
+        self._call = call
+        self._clock = clock
+
+    def __call__(self, argument: object) -> object:
+        self._call.began = self._clock()
+        return self._fetch(argument)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        self._call.began = self._clock()  # it leaves now; nobody here will see it begin
+        return partial, (self._fetch,)
+
+
 class ExecutorRunner(Runner):
     """One future an attempt, on an executor that others may use too and that is not ours to end."""
 
@@ -126,8 +146,11 @@ class ExecutorRunner(Runner):
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         del first  # what is out is never more than may run at once, so nothing waits here
         for call in calls:
+            fetch = self._work.fetch
             call.began = self._clock()
-            future = self._executor.submit(self._work.fetch, self._work.argument(call))
+            if self._work.rated:
+                fetch, call.began = _Noting(fetch, call, self._clock), -math.inf
+            future = self._executor.submit(fetch, self._work.argument(call))
             self._futures[call] = future
             self.out += 1
             self._completions.add(future, (self._done, call, future, None))
@@ -137,6 +160,8 @@ class ExecutorRunner(Runner):
             return  # taken back; the call may have been started anew
         del self._futures[call]
         self.out -= 1
+        if call.began == -math.inf:  # it has failed before it began
+            call.began = self._clock()
         if future.cancelled():
             self._work.ended(call, None, CancelledError("the executor cancelled the call before it ran"))
         elif (error := future.exception()) is not None:
