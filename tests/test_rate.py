@@ -185,6 +185,31 @@ def test_cost_is_asked_once_a_start_before_it(virtual: VirtualTime) -> None:
     assert [now for now, _ in asked] == [0, 0, 10, 20, 30]  # by then it waits for its window
 
 
+def test_cost_of_another_attempt_is_asked_anew(virtual: VirtualTime) -> None:
+    def cost(batch: list[int]) -> float:
+        asked.append(batch)
+        return len(batch)
+
+    asked: list[list[int]] = []
+    fetch = Fake(lambda batch: {item: item for item in batch[:2]}, virtual=virtual)
+    rate = Rate(6, per=10, cost=cost)
+    run_two_stage(range(5), stage(fetch, batch_size=5, retry_missing=True, retry=ALWAYS, rate=rate), same)
+    assert asked == fetch.asked == [[0, 1, 2, 3, 4], [2, 3, 4], [4]]
+    assert begins(fetch) == [0, 10, 10]
+
+
+def test_call_that_has_to_go_first_is_asked_for_its_own_cost() -> None:
+    gate = RateGate(Rate(10, cost=lambda call: call.attempts), same)
+    dear, cheap = Call(), Call()
+    dear.attempts, cheap.attempts = 8, 2
+    for call in (dear, cheap):
+        assert gate.when_may_start(10.0, NOBODY, call) == 10
+    gate.started(cheap, 10.0)
+    assert gate.when_may_start(10.0, NOBODY, dear) == 10
+    gate.started(dear, 10.0)
+    assert gate.when_may_start(10.0, NOBODY, cheap) == 70
+
+
 def test_settling_lower_lets_others_begin_earlier(virtual: VirtualTime) -> None:
     fetch = Fake(same, latency=1, virtual=virtual)
     rate = Rate(10, per=60, cost=lambda item: 6, settle=lambda item, answer: 2)
@@ -198,6 +223,13 @@ def test_settling_higher_holds_others_back(virtual: VirtualTime, settled: float)
     rate = Rate(10, per=60, cost=lambda item: 1, settle=lambda item, answer: settled)
     run_two_stage(range(3), same, Stage(fetch, workers=1, rate=rate))
     assert begins(fetch) == [0, 60, 120]
+
+
+def test_weight_so_large_that_others_vanish_in_it_is_forgotten(virtual: VirtualTime) -> None:
+    fetch = Fake(same, latency=1, virtual=virtual)
+    rate = Rate(10, cost=lambda item: 4, settle=lambda item, answer: 4 if item else 1e300)
+    run_two_stage(range(5), same, Stage(fetch, rate=rate), token_workers=1)
+    assert begins(fetch) == [0, 0, 60, 60, 120]
 
 
 def test_settling_without_a_cost(virtual: VirtualTime) -> None:
@@ -658,31 +690,34 @@ def test_call_counts_from_when_it_begins_and_not_from_when_an_executor_got_it(
     assert kept(begun, most, 0.2)  # half of it, as it is noted a little later than it begins
 
 
-class CountingPool(ThreadPoolExecutor):
-    """Knows how many calls it was given."""
+class RememberingPool(ThreadPoolExecutor):
+    """Has its futures."""
 
-    submitted = 0
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.futures: list[Future[Any]] = []
 
     def submit(self, *call: Any, **named: Any) -> Future[Any]:  # noqa: ANN401 - any call
         future = super().submit(*call, **named)
-        self.submitted += 1
+        self.futures.append(future)
         return future
 
 
 def test_rate_is_given_back_what_a_pause_takes_back() -> None:
     def fetch_result(item: int) -> int:
-        if not begun:
-            begun.append(item)
-            until(lambda: pool.submitted == 3)
-            raise Throttled(0.01)
         begun.append(item)
+        if begun == [0]:
+            until(lambda: len(pool.futures) == 3)
+            raise Throttled(0.01)
+        if begun == [0, 1]:
+            until(pool.futures[2].cancelled)
         return item
 
     begun: list[int] = []
-    with CountingPool(1) as pool:
+    with RememberingPool(1) as pool:
         rated = Stage(fetch_result, workers=3, executor=pool, rate=Rate(4, per=3600))
-        assert run_two_stage(range(3), same, rated) == [0, 1, 2]
-    assert len(begun) == 4
+        assert run_two_stage(range(3), same, rated, token_workers=1) == [0, 1, 2]
+    assert sorted(begun) == [0, 0, 1, 2]
 
 
 def test_workers_note_begins_that_keep_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
