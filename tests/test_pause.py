@@ -390,7 +390,7 @@ def test_futures_on_an_executor_of_the_user_s_are_taken_back() -> None:
         asked.append(item)
         return int(fetch(item))
 
-    with Waiting("the next one in") as paused, OneByOne(paused) as executor:
+    with Waiting("is held back for") as paused, OneByOne(paused) as executor:
         results = run_two_stage(range(12), int, Stage(fetch_result, workers=4, executor=executor))
     assert results == list(range(12))
     assert executor.cancelled == 3
