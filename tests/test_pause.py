@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 from common import each_way
-from fakes import ExpiredError, Fake, in_virtual_time, notes, outcomes_of, stage
+from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, stage
 from pacing import AnsweredError, asking, failing, first_of, most_at_once, starts
 from tenacity import (
     Retrying,
@@ -748,3 +748,15 @@ def test_wait_of_a_slot_that_is_no_number_ends_the_job() -> None:
         run_two_stage(
             range(2), stage(lambda batch: [asking(3) for _ in batch], batch_size=2), int, retry=policy
         )
+
+
+@pytest.mark.parametrize("stage_one", [True, False])
+def test_answer_that_is_throttled_in_each_slot_is_no_success(
+    virtual: VirtualTime, *, stage_one: bool
+) -> None:
+    fake = Fake(each(lambda item: AnsweredError(429) if item == 7 else item), 1, virtual=virtual)
+    plain, throttled = stage(each(int), batch_size=10), stage(fake, batch_size=10, retry=quick(5, wait=9))
+    outcomes = outcomes_of(range(50), *((throttled, plain) if stage_one else (plain, throttled)))
+    assert [outcome.index for outcome in outcomes if outcome.exception is not None] == [7]
+    # It waits as long as the stage is patient; then the attempts count, by which the policy stops.
+    assert 300 < virtual.now < 300 + 6 * 10

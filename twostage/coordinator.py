@@ -348,21 +348,20 @@ class Coordinator:
         if line.gates:
             line.ended(call, answer, error, self.now)
         if error is None:
-            line.pace.succeeded_at = self.now
-            if line.pace.watches:
-                line.succeeded(self.now)
             try:
                 values = line.check(answer, call)
             except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
                 error = refused.with_traceback(None)
             else:
-                if not (line.looks_at_values and line.has_to_judge(values)):
+                judged = line.looks_at_values and line.has_to_judge(values)
+                if not (judged and line.is_throttled(values)):
+                    line.pace.succeeded_at = self.now
+                    if line.pace.watches:
+                        line.succeeded(self.now)
+                if not judged:
                     return members, values
-                if self.ending:
-                    return (), ()
-                return self._carry_out(
-                    line, call, line.judge_values(call, members, values, self.now, self.deadline)
-                )
+                judge = line.judge_values(call, members, values, self.now, self.deadline)
+                return ((), ()) if self.ending else self._carry_out(line, call, judge)
         if not isinstance(error, Exception):
             self._end(error)
         elif not self.ending:

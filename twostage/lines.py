@@ -12,6 +12,7 @@ from twostage.clients import status_of
 from twostage.gates import Refused
 from twostage.retry import Answer, End, Fail, Retry, Verdict
 from twostage.throttling import Throttled
+from twostage.transient import is_throttled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,6 +94,10 @@ class Line:
     def has_to_judge(self, values: Sequence[Any]) -> bool:
         """Whether a call's values may be other than answers."""
         return self.judge.judges_results or (self.slots and holds_exceptions(values))
+
+    def is_throttled(self, values: Sequence[Any]) -> bool:
+        """Whether all of a call's values say to slow down, which is then no success."""
+        return self.slots and all(isinstance(value, Exception) and is_throttled(value) for value in values)
 
     def judge_values(
         self, call: Call, members: Sequence[Any], values: Sequence[Any], now: float, deadline: float
