@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise, repeat
+from itertools import chain, pairwise, repeat
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from tenacity import (
     Retrying,
     retry_if_exception,
     stop_after_attempt,
+    stop_after_delay,
     wait_fixed,
 )
 
@@ -32,7 +33,7 @@ from twostage import RunTimeout, Stage, Throttled, is_transient, run_two_stage, 
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from common import Run
 
@@ -760,3 +761,61 @@ def test_answer_that_is_throttled_in_each_slot_is_no_success(
     assert [outcome.index for outcome in outcomes if outcome.exception is not None] == [7]
     # It waits as long as the stage is patient; then the attempts count, by which the policy stops.
     assert 300 < virtual.now < 300 + 6 * 10
+
+
+# --- how long a policy has
+
+
+def within(seconds: float, wait: float = 1) -> Retrying:
+    return Retrying(
+        retry=retry_if_exception(is_transient), stop=stop_after_delay(seconds), wait=wait_fixed(wait)
+    )
+
+
+def attempts_of(item: int, fake: Fake) -> list[float]:
+    return [made.began for made in fake.calls if made.argument == item]
+
+
+def test_start_of_a_delay_moves_on_by_the_pause_that_the_call_has_asked_for(virtual: VirtualTime) -> None:
+    results = Fake(failing({0: chain([asking(60)], repeat(ApiError(500)))}), 1, virtual=virtual)
+    outcomes_of([0], int, results, retry=within(10))
+    assert attempts_of(0, results) == [0, *(60 + began for began in (1, 3, 5, 7, 9))]
+
+
+def test_start_of_a_delay_moves_on_by_pauses_that_others_have_asked_for(virtual: VirtualTime) -> None:
+    failures: dict[int, Iterable[Exception]] = {
+        0: repeat(ApiError(500)),
+        1: [asking(60)],
+        2: chain([asking(30)], repeat(ApiError(500))),
+    }
+    results = Fake(failing(failures), lambda item: (1, 4.5, 5)[item], virtual=virtual)
+    outcomes_of(range(3), int, stage(results, workers=8), retry=within(20))
+    assert attempts_of(0, results)[:3] == [0, 2, 4]  # tried before the pause, from 4.5 to 64.5
+    assert 78 <= attempts_of(0, results)[-1] < 80
+    assert attempts_of(2, results)[0] == 0  # ran when it began, and was judged first within it
+    assert 76 <= attempts_of(2, results)[-1] < 80
+
+
+def test_second_pause_moves_it_on_again(virtual: VirtualTime) -> None:
+    answers = [asking(60), ApiError(500), asking(60), ApiError(500)]
+    results = Fake(failing({0: chain(answers, repeat(ApiError(500)))}), 1, virtual=virtual)
+    outcomes_of([0], int, results, retry=within(10))
+    assert attempts_of(0, results) == [0, 61, 63, 124, 126, 128, 130]
+
+
+def test_pause_in_a_pause_moves_it_on_by_the_time_that_both_take(virtual: VirtualTime) -> None:
+    failures: dict[int, Iterable[Exception]] = {
+        0: chain([asking(10)], repeat(ApiError(500))),
+        1: [asking(20)],
+    }
+    results = Fake(failing(failures), lambda item: 1 + item, virtual=virtual)
+    outcomes_of(range(2), int, stage(results, workers=8), retry=within(5))
+    assert attempts_of(0, results) == pytest.approx([0, 22, 24, 26], abs=0.6)  # the pause is from 1 to 22
+
+
+def test_call_that_began_after_a_pause_has_its_whole_delay_and_no_more(virtual: VirtualTime) -> None:
+    results = Fake(failing({0: [asking(60)], 9: repeat(ApiError(500))}), 1, virtual=virtual)
+    outcomes_of(range(10), int, stage(results, workers=1), retry=within(10))
+    first, *_, last = attempts_of(9, results)
+    assert first > 61
+    assert first + 8 <= last <= first + 10

@@ -115,8 +115,7 @@ class Line:
                 if not isinstance(error, Exception):
                     raise error  # which ends the job, as it does if the function raises it
                 excused = self.pace.slot_failed(error, now, self.runner.out)
-            end = End(value, error, now, excused, self.pace.paused)
-            verdict = self.judge.judge(call, end, retry)
+            verdict = self.judge.judge(call, self._end(call, value, error, now, excused=excused), retry)
             if isinstance(verdict, Retry):
                 retry = verdict
                 again.append((member, error, verdict.failure))
@@ -137,13 +136,16 @@ class Line:
         """Gives a call that has failed as a whole its verdict."""
         excused = self.pace.failed(call, error, now, self.runner.out)
         self._mind_pace()
-        verdict = self.judge.judge(call, End(None, error, now, excused, self.pace.paused))
+        verdict = self.judge.judge(call, self._end(call, None, error, now, excused=excused))
         if isinstance(verdict, Answer):
             yield from self._take_given(call, members, verdict.value)
         else:
             yield Judged(members, verdict, error)
         if isinstance(error, Throttled) and isinstance(verdict, Retry):
             call.attempts -= 1  # when it has been logged by its number
+
+    def _end(self, call: Call, answer: object, error: Exception | None, now: float, *, excused: bool) -> End:
+        return End(answer, error, now, excused, self.pace.paused, self.pace.paused_by(call.began))
 
     def _take_given(self, call: Call, members: Sequence[Any], answer: object) -> Iterator[Judged]:
         """Takes what a policy's `retry_error_callback` has given, its last word, in an answer's place."""

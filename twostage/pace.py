@@ -53,7 +53,8 @@ class Pace(Gate):
         slows: Whether the stage may not run at its full pace now; if not, it is no gate.
         watches: Whether it wants to hear of a success; if not, `succeeded_at` is to be set, no more.
         succeeded_at: When the last success was.
-        paused: How many seconds the stage has been held back in all; of a pause that goes on its whole.
+        paused: How many seconds the stage has been held back in all; of a pause that goes on its whole, and
+            of an outage that does nothing yet.
     """
 
     partner: Pace | None = None
@@ -65,6 +66,9 @@ class Pace(Gate):
         self.slows = self.watches = adaptive
         self.succeeded_at: float | None = None
         self.paused = 0.0
+        self._paused_before = 0.0  # the last time that it was
+        self._held_since = -math.inf  # that time's beginning
+        self._held_until = -math.inf  # and end
         self._workers = workers
         self._pauses = pause
         self._patience = math.inf if patience is None else patience
@@ -126,6 +130,18 @@ class Pace(Gate):
             self._probe = None
             wait = min(2.0 ** (self._probes - 1), LONGEST_BETWEEN_PROBES)
             self._next_probe = now + wait * random.uniform(0.5, 1)  # noqa: S311 - as above
+
+    def paused_by(self, began: float) -> float:
+        """Returns how long the stage had been held back in all when an attempt began, one of the last."""
+        return self._paused_before if began <= self._held_since else self.paused
+
+    def _hold(self, since: float, until: float) -> None:
+        """Counts a time in which nothing may start; of an outage and a pause in it none twice."""
+        if since > self._held_until:
+            self._held_since = since
+            self._paused_before = self.paused
+        self.paused += max(0.0, until - max(since, self._held_until))
+        self._held_until = max(self._held_until, until)
 
     # --- what the API answers
 
@@ -203,7 +219,9 @@ class Pace(Gate):
             return
         if now >= self._resumes or longer >= 1:
             log.log(level, "%s: paused for %.1f s, as the API asks", self.name, until - now)
-        self.paused += longer
+        if self._down_since is not None:
+            self._hold(self._down_since, now)
+        self._hold(now, until)
         self._resumes = until
         self._begin_at_half()
         self._gap = min(SPREAD * (until - now), LONGEST_SPREAD) / self._at_once
@@ -246,7 +264,7 @@ class Pace(Gate):
         self._up(now, self._down_since)
 
     def _up(self, now: float, down_since: float) -> None:
-        self.paused += now - down_since
+        self._hold(down_since, now)
         self._down_since = self._probe = None
         self._begin_at_half()
 

@@ -100,6 +100,7 @@ class End(NamedTuple):
         now: The time.
         excused: Whether the API's state is to blame: then it does not count for the policy's stop.
         paused: For how many seconds the stage has been held back in all, which do not count there either.
+        paused_by: For how many it had been when the attempt began.
     """
 
     answer: object
@@ -107,6 +108,7 @@ class End(NamedTuple):
     now: float
     excused: bool = False
     paused: float = 0.0
+    paused_by: float = 0.0
 
 
 class CallState(RetryCallState):
@@ -178,12 +180,12 @@ class Judge:
         return self._ask(self._policy, call, end, again)
 
     def _ask(self, policy: Retrying, call: Call, end: End, again: Retry | None) -> Verdict:
-        answer, error, now, excused, paused = end
+        answer, error, now, excused, paused, paused_by = end
         state = call.retry_state
         if state is None:
             state = call.retry_state = CallState(policy, None, (), {})
             state.start_time = call.began  # the first attempt's
-            state.paused = paused
+            state.paused = paused_by
         state.start_time += paused - state.paused
         state.paused = paused
         state.is_excused = excused
