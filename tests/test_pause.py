@@ -819,3 +819,23 @@ def test_call_that_began_after_a_pause_has_its_whole_delay_and_no_more(virtual: 
     first, *_, last = attempts_of(9, results)
     assert first > 61
     assert first + 8 <= last <= first + 10
+
+
+@pytest.mark.parametrize("stage_one", [True, False])
+def test_batch_that_a_pause_has_taken_back_is_not_sent_at_a_size_that_is_too_large(
+    virtual: VirtualTime, *, stage_one: bool
+) -> None:
+    def answer(batch: list[int]) -> list[int]:
+        if len(fake.calls) == 2:
+            raise asking(30)
+        if len(fake.calls) > 2 and len(batch) > 10:
+            raise ApiError(413)
+        return batch
+
+    fake = Fake(answer, 1, virtual=virtual)
+    sized, plain = stage(fake, batch_size=20, workers=1), stage(each(int), batch_size=20)
+    results = run_two_stage(range(400), *((sized, plain) if stage_one else (plain, sized)))
+    assert results == list(range(400))
+    assert Counter(fake.sizes)[10] == 38
+    # Refused at that size: the second or third, the one that was throttled, and one that had begun by then.
+    assert Counter(fake.sizes)[20] <= 5

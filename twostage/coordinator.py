@@ -458,7 +458,7 @@ class Coordinator:
         if allowed is None:
             splits.waiting.append((batch, error))
         elif allowed:
-            line.due += splits.split(batch, error)
+            line.due.extendleft(reversed(splits.split(batch, error)))  # before what a pause has taken back
         else:
             self._fail(line, batch, batch.members, error)
 
@@ -468,7 +468,12 @@ class Coordinator:
         if size >= line.batch_size:
             return
         line.batch_size = size
-        for call in reversed(line.take_back()):
+        handed = [
+            *line.take_back(),
+            *line.due,
+        ]  # those in `due` were handed over too, if a gate took them back
+        line.due.clear()
+        for call in reversed(handed):
             if call.attempts or cast("Batch", call).half_of is not None:
                 line.due.appendleft(call)
                 continue
