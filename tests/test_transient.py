@@ -35,7 +35,7 @@ from requesting import (
 
 from twostage import is_transient
 from twostage.clients import status_of
-from twostage.transient import TRANSIENT_STATUSES
+from twostage.transient import TRANSIENT_STATUSES, is_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,13 +92,17 @@ def test_refused_connection_is_transient(get: Callable[..., None]) -> None:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_timeout_is_transient(get: Callable[..., None], scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert is_transient(failure_of(get, f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/", 0.01))
+        error = failure_of(get, f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/", 0.01)
+    assert is_transient(error)
+    assert is_timeout(error)
 
 
 @each_client
 @pytest.mark.parametrize("path", ["hang-up", "cut", "cut-chunk"])
 def test_lost_connection_is_transient(get: Callable[..., None], path: str, server: str) -> None:
-    assert is_transient(failure_of(get, f"http://{server}/{path}"))
+    error = failure_of(get, f"http://{server}/{path}")
+    assert is_transient(error)
+    assert not is_timeout(error)
 
 
 @each_client

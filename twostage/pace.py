@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from twostage.gates import Gate
 from twostage.throttling import LONGEST_PAUSE, Throttled, retry_after
-from twostage.transient import is_outage, is_throttled, is_transient
+from twostage.transient import is_outage, is_throttled, is_timeout, is_transient
 
 if TYPE_CHECKING:
     from twostage.calls import Call
@@ -182,7 +182,7 @@ class Pace(Gate):
         if self.throttled(error, now, running):
             return self._is_patient(now)
         if is_outage(error):
-            if self._adaptive and isinstance(error, TimeoutError) and self._down_since is None:
+            if self._adaptive and is_timeout(error) and self._down_since is None:
                 self._come_down(min(running, 0.9 * self._limit))
             excused = self._lose(call, now)
         else:

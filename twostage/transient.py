@@ -14,13 +14,14 @@ from twostage.throttling import Throttled, retry_after
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["is_outage", "is_throttled", "is_transient"]
+__all__ = ["is_outage", "is_throttled", "is_timeout", "is_transient"]
 
 # Request timeout, too early, too many requests, server errors; 529 is "overloaded" at several APIs.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 THROTTLING_STATUSES = frozenset({429, 529})
+GATEWAY_TIMEOUT = 504
 UNAVAILABLE = 503  # with a Retry-After it is the API's way to say "slow down"
-OUTAGE_STATUSES = frozenset({502, UNAVAILABLE, 504})
+OUTAGE_STATUSES = frozenset({502, UNAVAILABLE, GATEWAY_TIMEOUT})
 
 # Both from botocore/retries/standard.py, where they are those of ThrottledRetryableChecker and
 # TransientRetryableChecker: most come with a status 400. ABORTED is gRPC's, for calls that are to be repeated
@@ -138,6 +139,12 @@ def is_throttled(error: BaseException) -> bool:
 def is_outage(error: BaseException) -> bool:
     """Whether the API seems to be down: not reached, late, or out of service without saying for how long."""
     return _kind_of(error) is Kind.OUTAGE
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether an outage's failure is that the answer is late, as clients say it by classes of their own."""
+    late = any(isinstance(cause, TimeoutError) for cause in _chain(error))
+    return late or any(status_of(asked) == GATEWAY_TIMEOUT for asked in causes(error))
 
 
 def _kind_of(error: BaseException) -> Kind:
