@@ -32,7 +32,9 @@ def first_of(argument: Any) -> Any:  # noqa: ANN401 - an item, a token, or a bat
     return argument[0] if isinstance(argument, list) else argument
 
 
-def failing(failures: dict[Any, Iterable[Exception]]) -> Callable[[Any], Any]:
+def failing(
+    failures: dict[Any, Iterable[Exception]], fetch: Callable[[Any], Any] = lambda argument: argument
+) -> Callable[[Any], Any]:
     """Makes a function that gives back what it takes, once the failures of (the first of) that are over."""
     left = {argument: iter(errors) for argument, errors in failures.items()}
 
@@ -40,7 +42,7 @@ def failing(failures: dict[Any, Iterable[Exception]]) -> Callable[[Any], Any]:
         error = next(left.get(first_of(argument), iter(())), None)
         if error is not None:
             raise error
-        return argument
+        return fetch(argument)
 
     return answer
 

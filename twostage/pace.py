@@ -37,7 +37,7 @@ class Pace(Gate):
     the first two the stage begins at half its limit and doubles that for each limit-full of successes.
 
     The adaptive limit comes down to what was running when the API refused a call, for that is what it
-    takes, though to no less than half in a round trip. It grows by 1 after two limit-fulls of successes,
+    takes, though to no less than half in a round trip, or in a limit-full of refusals. It grows by 1 after two limit-fulls of successes,
     then by 2, 4, 8 after one: so it starts fast, follows an API that takes more, and exceeds by 1 one that
     does not.
 
@@ -74,7 +74,10 @@ class Pace(Gate):
         self._patience = math.inf if patience is None else patience
         self._adaptive = adaptive
         self._limit: float = min(workers, FIRST_LIMIT) if adaptive else workers
-        self._least = self._limit / 2  # that it may come down to in this round trip
+        self._least = self._limit / 2  # that it may come down to for now
+        self._least_since = 0.0
+        self._refused = 0  # since then
+        self._round_trip = math.inf  # of the last success
         self._step = 1.0
         self._ramp = math.inf  # a limit below the limit, on the way up to it
         self._successes = 0  # since it was last changed
@@ -126,6 +129,8 @@ class Pace(Gate):
             self._next_probe = -math.inf
 
     def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:  # noqa: ARG002
+        if error is None:
+            self._round_trip = now - call.began
         if call is self._probe:
             self._probe = None
             wait = min(2.0 ** (self._probes - 1), LONGEST_BETWEEN_PROBES)
@@ -164,7 +169,6 @@ class Pace(Gate):
             self._ramp *= 2
         if self._ramp >= self._limit:
             self._ramp = math.inf
-            self._least = self._limit / 2
             if self._adaptive and self._full:
                 self._limit = min(self._limit + self._step, self._workers)
                 self._step *= 2
@@ -183,7 +187,7 @@ class Pace(Gate):
             return self._is_patient(now)
         if is_outage(error):
             if self._adaptive and is_timeout(error) and self._down_since is None:
-                self._come_down(min(running, 0.9 * self._limit))
+                self._come_down(min(running, 0.9 * self._limit), now)
             excused = self._lose(call, now)
         else:
             excused = False
@@ -204,11 +208,16 @@ class Pace(Gate):
         if asked and self._pauses:
             self._pause(now, now + asked, logging.INFO if isinstance(error, Throttled) else logging.WARNING)
         if self._adaptive and not isinstance(error, Throttled):
-            self._come_down(running)
+            self._come_down(running, now)
         self._look()
         return True
 
-    def _come_down(self, limit: float) -> None:
+    def _come_down(self, limit: float, now: float) -> None:
+        self._refused += 1
+        if now >= self._least_since + self._round_trip or self._refused > self._limit:
+            self._least = self._limit / 2
+            self._least_since = now
+            self._refused = 0
         self._limit = max(1.0, self._least, min(self._limit - 1, limit))
         self._step = 1.0
         self._successes = -self._at_once  # a limit-full is let by before the next attempt to grow
