@@ -108,13 +108,15 @@ class Line:
         """
         again: list[tuple[Any, Exception | None, Exception | None]] = []
         retry: Retry | None = None
+        running: int | None = self.runner.out
         for member, value in zip(members, values, strict=True):
             error = value if self.slots and isinstance(value, BaseException) else None
             excused = False
             if error is not None:
                 if not isinstance(error, Exception):
                     raise error  # which ends the job, as it does if the function raises it
-                excused = self.pace.slot_failed(error, now, self.runner.out)
+                excused = self.pace.slot_failed(error, now, running)
+                running = None if is_throttled(error) else running
             verdict = self.judge.judge(call, self._end(call, value, error, now, excused=excused), retry)
             if isinstance(verdict, Retry):
                 retry = verdict

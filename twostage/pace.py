@@ -37,9 +37,9 @@ class Pace(Gate):
     the first two the stage begins at half its limit and doubles that for each limit-full of successes.
 
     The adaptive limit comes down to what was running when the API refused a call, for that is what it
-    takes, though to no less than half in a round trip, or in a limit-full of refusals. It grows by 1 after two limit-fulls of successes,
-    then by 2, 4, 8 after one: so it starts fast, follows an API that takes more, and exceeds by 1 one that
-    does not.
+    takes, though to no less than half in a round trip, or in a limit-full of refusals. It grows by 1 after
+    two limit-fulls of successes, then by 2, 4, 8 after one: so it starts fast, follows an API that takes
+    more, and exceeds by 1 one that does not.
 
     Args:
         name: What messages call the stage.
@@ -196,18 +196,21 @@ class Pace(Gate):
         self._look()
         return excused
 
-    def slot_failed(self, error: Exception, now: float, running: int) -> bool:
-        """The same for one slot of an answer: somebody has answered, so nobody is down."""
+    def slot_failed(self, error: Exception, now: float, running: int | None) -> bool:
+        """The same for one slot of an answer: somebody has answered, so nobody is down.
+
+        `running` is `None` for all but an answer's first such slot: it is one refusal.
+        """
         return self.throttled(error, now, running) and self._is_patient(now)
 
-    def throttled(self, error: Exception, now: float, running: int) -> bool:
+    def throttled(self, error: Exception, now: float, running: int | None) -> bool:
         """Hears of a failure, of a call or one of its slots; returns whether the API said to slow down."""
         if not is_throttled(error):
             return False
         asked = min(retry_after(error) or 0.0, LONGEST_PAUSE)
         if asked and self._pauses:
             self._pause(now, now + asked, logging.INFO if isinstance(error, Throttled) else logging.WARNING)
-        if self._adaptive and not isinstance(error, Throttled):
+        if self._adaptive and running is not None and not isinstance(error, Throttled):
             self._come_down(running, now)
         self._look()
         return True
