@@ -25,6 +25,7 @@ PATIENCE = 300.0
 FIRST_LIMIT = 8  # of an adaptive stage
 LEAST_LOST = 8  # different calls: fewer failures in a row are no outage, however few workers there are
 LONGEST_BETWEEN_PROBES = 8.0
+PROBE_LEAD = 0.1  # of another call over the one that was the last probe: that one may be what always fails
 LONGEST_SPREAD = 1.0
 SPREAD = 0.1  # of a pause: how long the starts after it are spread
 
@@ -89,6 +90,7 @@ class Pace(Gate):
         self._down_since: float | None = None
         self._given_up = False  # waiting for it; until the next success
         self._probe: Call | None = None
+        self._probed: Call | None = None  # the last one that failed
         self._probes = 0
         self._next_probe = math.inf
 
@@ -132,7 +134,7 @@ class Pace(Gate):
         if error is None:
             self._round_trip = now - call.began
         if call is self._probe:
-            self._probe = None
+            self._probe, self._probed = None, call
             wait = min(2.0 ** (self._probes - 1), LONGEST_BETWEEN_PROBES)
             self._next_probe = now + wait * random.uniform(0.5, 1)  # noqa: S311 - as above
 
@@ -275,9 +277,15 @@ class Pace(Gate):
         self._lost.clear()
         self._up(now, self._down_since)
 
+    def put_off(self, call: Call, due: float) -> float:
+        """Returns when a call that is due at `due` may wait in line: a probe not before the next one."""
+        if call is self._probed and self._down_since is not None:
+            return max(due, self._next_probe + PROBE_LEAD)
+        return due
+
     def _up(self, now: float, down_since: float) -> None:
         self._hold(down_since, now)
-        self._down_since = self._probe = None
+        self._down_since = self._probe = self._probed = None
         self._begin_at_half()
 
     def _is_patient(self, now: float) -> bool:
