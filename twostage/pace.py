@@ -24,7 +24,7 @@ PATIENCE = 300.0
 
 FIRST_LIMIT = 8  # of an adaptive stage
 LEAST_LOST = 8  # different calls: fewer failures in a row are no outage, however few workers there are
-LONGEST_BETWEEN_PROBES = 8.0
+DOUBLINGS = 3  # of the time between probes: 1, 2, 4 and then 8 s
 PROBE_LEAD = 0.1  # of another call over the one that was the last probe: that one may be what always fails
 LONGEST_SPREAD = 1.0
 SPREAD = 0.1  # of a pause: how long the starts after it are spread
@@ -135,7 +135,7 @@ class Pace(Gate):
             self._round_trip = now - call.began
         if call is self._probe:
             self._probe, self._probed = None, call
-            wait = min(2.0 ** (self._probes - 1), LONGEST_BETWEEN_PROBES)
+            wait = 2.0 ** min(self._probes - 1, DOUBLINGS)
             self._next_probe = now + wait * random.uniform(0.5, 1)  # noqa: S311 - as above
 
     def paused_by(self, began: float) -> float:
