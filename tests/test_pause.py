@@ -344,11 +344,15 @@ class Waiting(logging.Handler):
             self.logged.set()
 
     def __enter__(self) -> threading.Event:
-        logging.getLogger("twostage").addHandler(self)
+        log = logging.getLogger("twostage")
+        log.addHandler(self)
+        log.setLevel(logging.INFO)
         return self.logged
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("twostage").removeHandler(self)
+        log = logging.getLogger("twostage")
+        log.removeHandler(self)
+        log.setLevel(logging.NOTSET)
 
 
 class OneByOne(Executor):
@@ -669,9 +673,14 @@ def test_no_record_has_items_tokens_or_results_in_it(caplog: pytest.LogCaptureFi
 
 
 @in_virtual_time
-def test_throttled_is_logged_as_the_attempt_that_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_throttled_is_logged_as_held_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "twostage")
     run_two_stage([0], int, failing({0: [Throttled(5)]}))
-    assert caplog.messages == ["stage two: attempt 1 failed with Throttled; the next one in 5.00 s"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert caplog.messages == [
+        "stage two: paused for 5.0 s, as the API asks",
+        "stage two: a call is held back for 5.00 s by a limit",
+    ]
 
 
 # --- beside what else a job does
