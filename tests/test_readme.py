@@ -31,7 +31,14 @@ def exports() -> Iterator[EmbeddedApi]:
         yield api
 
 
-def test_every_block_runs(api: EmbeddedApi, exports: EmbeddedApi, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_runs(
+    api: EmbeddedApi,
+    exports: EmbeddedApi,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a block makes a file
     names: dict[str, Any] = {"__name__": "readme"}  # what a block defines the next ones use
     for block in BLOCKS:
         source = block.replace("https://api.example.com", api.url)
@@ -49,9 +56,9 @@ def test_every_block_runs(api: EmbeddedApi, exports: EmbeddedApi, capsys: pytest
     assert names["exports"] == [result_of(token_of(item)) for item in range(20)]
     assert exports.answered[202] > 0
     assert names["orders"] == [[result_of(order) for order in orders_of(item)] for item in range(100)]
-    for client in ("session", "client"):
+    for client in ("session", "client", "bucket"):
         names[client].close()
 
 
 def test_every_block_is_found() -> None:
-    assert len(BLOCKS) == TEXT.count("```python") == 9
+    assert len(BLOCKS) == TEXT.count("```python") == 10
