@@ -23,7 +23,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from twostage import RunTimeout, is_transient, pace, run_two_stage
+from twostage import RunTimeout, is_transient, outages, run_two_stage
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def test_calls_that_fail_at_a_steady_share_are_no_outage(
             return virtual.now
 
     with_rule = sum(map(job, range(4)))
-    monkeypatch.setattr(pace, "LEAST_LOST", 10**9)
+    monkeypatch.setattr(outages, "LEAST_LOST", 10**9)
     without = sum(map(job, range(4)))
     print(f"{share:.0%} on {workers} workers: {with_rule / without:.3f} of the time without the rule")
     assert with_rule <= 1.05 * without
@@ -180,6 +180,14 @@ def test_outage_is_as_many_lost_calls_as_the_limit_and_at_least_8(
     run_two_stage(range(100 * workers), int, stage(results, workers=workers))
     lost = f"stage two: the API seems to be down: {calls} calls were not answered since the last success"
     assert said(caplog, "down") == [lost]
+
+
+@pytest.mark.parametrize("workers", [8, 32])
+def test_outage_is_found_where_few_run_at_once_for_a_rate(virtual: VirtualTime, workers: int) -> None:
+    api = Api(virtual, 0.1, (SINCE, SINCE + 100))
+    results = run_two_stage(range(200), int, stage(api, workers=workers, rate=2))
+    assert results == list(range(200))
+    assert len([made for made in api.calls if SINCE <= made.began < SINCE + 100]) < 100  # of 200
 
 
 def test_success_in_between_begins_the_count_anew(

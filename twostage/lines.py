@@ -149,7 +149,14 @@ class Line:
             call.attempts -= 1  # when it has been logged by its number
 
     def _end(self, call: Call, answer: object, error: Exception | None, now: float, *, excused: bool) -> End:
-        return End(answer, error, now, excused, self.pace.paused, self.pace.paused_by(call.began))
+        return End(
+            answer,
+            error,
+            now,
+            excused,
+            self.pace.held_back.seconds,
+            self.pace.held_back.seconds_by(call.began),
+        )
 
     def _take_given(self, call: Call, members: Sequence[Any], answer: object) -> Iterator[Judged]:
         """Takes what a policy's `retry_error_callback` has given, its last word, in an answer's place."""

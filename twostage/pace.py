@@ -1,4 +1,4 @@
-"""The pace that a stage's API bears: it pauses when asked to, and waits out an outage."""
+"""The pace that a stage's API bears: it pauses when asked to, waits out an outage, and has a limit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import random
 from typing import TYPE_CHECKING
 
 from twostage.gates import Gate
+from twostage.limits import Limit
+from twostage.outages import Outage
 from twostage.throttling import LONGEST_PAUSE, Throttled, retry_after
 from twostage.transient import is_outage, is_throttled, is_timeout, is_transient
 
@@ -22,25 +24,42 @@ log = logging.getLogger("twostage")
 PATIENCE = 300.0
 """How long, in seconds, a stage waits for an API that has answered before."""
 
-FIRST_LIMIT = 8  # of an adaptive stage
-LEAST_LOST = 8  # different calls: fewer failures in a row are no outage, however few workers there are
-DOUBLINGS = 3  # of the time between probes: 1, 2, 4 and then 8 s
-PROBE_LEAD = 0.1  # of another call over the one that was the last probe: that one may be what always fails
 LONGEST_SPREAD = 1.0
 SPREAD = 0.1  # of a pause: how long the starts after it are spread
+AFTER_TIMEOUT = 0.9  # of an adaptive limit: nobody says how many the API would have answered in time
+
+
+class HeldBack:
+    """The time in which a stage was held back, which does not count for calls that waited meanwhile.
+
+    Attributes:
+        seconds: Of all times; of a pause that goes on its whole, of an outage that does nothing yet.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._before = 0.0  # the last time
+        self._since = -math.inf  # its beginning
+        self._until = -math.inf  # and end
+
+    def add(self, since: float, until: float) -> None:
+        """Counts a time; of an outage and a pause in it none twice."""
+        if since > self._until:
+            self._since = since
+            self._before = self.seconds
+        self.seconds += max(0.0, until - max(since, self._until))
+        self._until = max(self._until, until)
+
+    def seconds_by(self, began: float) -> float:
+        """Returns how many seconds it were when an attempt began, one of the last."""
+        return self._before if began <= self._since else self.seconds
 
 
 class Pace(Gate):
-    """How many attempts of a stage may run, and from when on, as its API's answers have it.
+    """Whether an attempt of a stage may start, as its API's answers have it.
 
     Three things slow a stage down. A *pause* that an answer asked for: nothing starts. An *outage*: nothing
-    starts but one probe at a time. And an *adaptive* limit, which follows what the API takes at once. After
-    the first two the stage begins at half its limit and doubles that for each limit-full of successes.
-
-    The adaptive limit comes down to what was running when the API refused a call, for that is what it
-    takes, though to no less than half in a round trip, or in a limit-full of refusals. It grows by 1 after
-    two limit-fulls of successes, then by 2, 4, 8 after one: so it starts fast, follows an API that takes
-    more, and exceeds by 1 one that does not.
+    starts but one probe at a time. And a *limit* of attempts at once: after these two, or an adaptive one.
 
     Args:
         name: What messages call the stage.
@@ -54,8 +73,7 @@ class Pace(Gate):
         slows: Whether the stage may not run at its full pace now; if not, it is no gate.
         watches: Whether it wants to hear of a success; if not, `succeeded_at` is to be set, no more.
         succeeded_at: When the last success was.
-        paused: How many seconds the stage has been held back in all; of a pause that goes on its whole, and
-            of an outage that does nothing yet.
+        held_back: For how long the stage was.
     """
 
     partner: Pace | None = None
@@ -63,92 +81,52 @@ class Pace(Gate):
     def __init__(
         self, name: str, workers: int, *, pause: bool, patience: float | None, adaptive: bool
     ) -> None:
-        self.name = name
         self.slows = self.watches = adaptive
         self.succeeded_at: float | None = None
-        self.paused = 0.0
-        self._paused_before = 0.0  # the last time that it was
-        self._held_since = -math.inf  # that time's beginning
-        self._held_until = -math.inf  # and end
-        self._workers = workers
+        self.held_back = HeldBack()
+        self._name = name
         self._pauses = pause
         self._patience = math.inf if patience is None else patience
-        self._adaptive = adaptive
-        self._limit: float = min(workers, FIRST_LIMIT) if adaptive else workers
-        self._least = self._limit / 2  # that it may come down to for now
-        self._least_since = 0.0
-        self._refused = 0  # since then
-        self._round_trip = math.inf  # of the last success
-        self._step = 1.0
-        self._ramp = math.inf  # a limit below the limit, on the way up to it
-        self._successes = 0  # since it was last changed
-        self._full = False  # whether it has held a call back since
+        self._limit = Limit(workers, adaptive=adaptive)
+        self._outage = Outage()
+        self._given_up = False  # waiting for the API; until the next success
         self._resumes = -math.inf  # when the last pause ends
         self._gap = 0.0  # between starts after it, on average
         self._next_start = -math.inf
-        self._lost: set[Call] = set()  # calls that the API did not answer, since the last success
-        self._down_since: float | None = None
-        self._given_up = False  # waiting for it; until the next success
-        self._probe: Call | None = None
-        self._probed: Call | None = None  # the last one that failed
-        self._probes = 0
-        self._next_probe = math.inf
-
-    # --- the gate
-
-    def when_may_start(self, now: float, runner: Runner, call: Call | None = None) -> float:  # noqa: ARG002 - a gate's
-        if self._down_since is not None:
-            if now < self._down_since + self._patience:
-                return max(self._resumes, min(self._next_probe, self._down_since + self._patience))
-            self._stop_waiting(now)
-        if now < self._resumes:
-            return self._resumes
-        if runner.out >= self._at_once:
-            self._full = True
-            return math.inf
-        return max(now, self._next_start)
 
     @property
     def is_down(self) -> bool:
         """Whether the API seems to be down."""
-        return self._down_since is not None
+        return self._outage.since is not None
 
-    @property
-    def _at_once(self) -> int:
-        return max(1, int(min(self._limit, self._ramp)))
+    # --- the gate
+
+    def when_may_start(self, now: float, runner: Runner, call: Call | None = None) -> float:  # noqa: ARG002 - a gate's
+        down_since = self._outage.since
+        if down_since is not None:
+            if now < down_since + self._patience:
+                return max(self._resumes, min(self._outage.when_may_probe(), down_since + self._patience))
+            self._stop_waiting(now, down_since)
+        if now < self._resumes:
+            return self._resumes
+        if runner.out >= self._limit.at_once:
+            self._limit.full = True
+            return math.inf
+        return max(now, self._next_start)
 
     def started(self, call: Call, now: float) -> None:
-        if self._down_since is not None:
-            self._probe = call
-            self._probes += 1
-            self._next_probe = math.inf
+        if self.is_down:
+            self._outage.began_probe(call)
         elif self._gap:
             self._next_start = now + self._gap * 2 * random.random()  # noqa: S311 - no secret
 
     def taken_back(self, call: Call) -> None:
-        if call is self._probe:
-            self._probe = None
-            self._next_probe = -math.inf
+        self._outage.took_back(call)
 
     def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:  # noqa: ARG002
         if error is None:
-            self._round_trip = now - call.began
-        if call is self._probe:
-            self._probe, self._probed = None, call
-            wait = 2.0 ** min(self._probes - 1, DOUBLINGS)
-            self._next_probe = now + wait * random.uniform(0.5, 1)  # noqa: S311 - as above
-
-    def paused_by(self, began: float) -> float:
-        """Returns how long the stage had been held back in all when an attempt began, one of the last."""
-        return self._paused_before if began <= self._held_since else self.paused
-
-    def _hold(self, since: float, until: float) -> None:
-        """Counts a time in which nothing may start; of an outage and a pause in it none twice."""
-        if since > self._held_until:
-            self._held_since = since
-            self._paused_before = self.paused
-        self.paused += max(0.0, until - max(since, self._held_until))
-        self._held_until = max(self._held_until, until)
+            self._limit.round_trip = now - call.began
+        self._outage.ended(call, now)
 
     # --- what the API answers
 
@@ -157,24 +135,10 @@ class Pace(Gate):
         self.succeeded_at = now
         self._given_up = False
         self._answered(now)
-        if now >= self._resumes:  # what was running when a pause began says nothing of the time after it
-            self._successes += 1
-            if self._successes >= self._at_once:
-                self._climb()
+        # What was running when a pause began says nothing of the time after it.
+        if now >= self._resumes and self._limit.succeeded():
+            self._gap = 0.0
         self._look()
-
-    def _climb(self) -> None:
-        """Goes up, after as many successes as attempts may run at once: a round trip or more."""
-        self._successes = 0
-        self._gap = 0.0
-        if self._ramp < self._limit:
-            self._ramp *= 2
-        if self._ramp >= self._limit:
-            self._ramp = math.inf
-            if self._adaptive and self._full:
-                self._limit = min(self._limit + self._step, self._workers)
-                self._step *= 2
-        self._full = False
 
     def failed(self, call: Call, error: Exception, now: float, running: int) -> bool:
         """Hears of a failed attempt, and returns whether it is excused: the API's state is to blame.
@@ -185,16 +149,15 @@ class Pace(Gate):
             now: The time.
             running: How many attempts run still.
         """
-        if self.throttled(error, now, running):
+        if self._throttled(error, now, running):
             return self._is_patient(now)
+        excused = False
         if is_outage(error):
-            if self._adaptive and is_timeout(error) and self._down_since is None:
-                self._come_down(min(running, 0.9 * self._limit), now)
-            excused = self._lose(call, now)
-        else:
-            excused = False
-            if not is_transient(error):  # whoever says "not found" is up
-                self._answered(now)
+            if is_timeout(error) and not self.is_down:
+                self._limit.refused(min(running, AFTER_TIMEOUT * self._limit.most), now)
+            excused = self._lose(call, now, running)
+        elif not is_transient(error):  # whoever says "not found" is up
+            self._answered(now)
         self._look()
         return excused
 
@@ -203,98 +166,72 @@ class Pace(Gate):
 
         `running` is `None` for all but an answer's first such slot: it is one refusal.
         """
-        return self.throttled(error, now, running) and self._is_patient(now)
+        return self._throttled(error, now, running) and self._is_patient(now)
 
-    def throttled(self, error: Exception, now: float, running: int | None) -> bool:
+    def _throttled(self, error: Exception, now: float, running: int | None) -> bool:
         """Hears of a failure, of a call or one of its slots; returns whether the API said to slow down."""
         if not is_throttled(error):
             return False
         asked = min(retry_after(error) or 0.0, LONGEST_PAUSE)
         if asked and self._pauses:
             self._pause(now, now + asked, logging.INFO if isinstance(error, Throttled) else logging.WARNING)
-        if self._adaptive and running is not None and not isinstance(error, Throttled):
-            self._come_down(running, now)
+        if running is not None and not isinstance(error, Throttled):
+            self._limit.refused(running, now)
         self._look()
         return True
-
-    def _come_down(self, limit: float, now: float) -> None:
-        self._refused += 1
-        if now >= self._least_since + self._round_trip or self._refused > self._limit:
-            self._least = self._limit / 2
-            self._least_since = now
-            self._refused = 0
-        self._limit = max(1.0, self._least, min(self._limit - 1, limit))
-        self._step = 1.0
-        self._successes = -self._at_once  # a limit-full is let by before the next attempt to grow
 
     def _pause(self, now: float, until: float, level: int) -> None:
         longer = until - max(now, self._resumes)
         if longer <= 0:
             return
         if now >= self._resumes or longer >= 1:
-            log.log(level, "%s: paused for %.1f s, as the API asks", self.name, until - now)
-        if self._down_since is not None:
-            self._hold(self._down_since, now)
-        self._hold(now, until)
+            log.log(level, "%s: paused for %.1f s, as the API asks", self._name, until - now)
+        if self._outage.since is not None:
+            self.held_back.add(self._outage.since, now)
+        self.held_back.add(now, until)
         self._resumes = until
-        self._begin_at_half()
-        self._gap = min(SPREAD * (until - now), LONGEST_SPREAD) / self._at_once
+        self._limit.begin_at_half()
+        self._gap = min(SPREAD * (until - now), LONGEST_SPREAD) / self._limit.at_once
 
-    def _begin_at_half(self) -> None:
-        self._ramp = self._limit / 2
-        self._successes = 0
-
-    # --- outages
-
-    def _lose(self, call: Call, now: float) -> bool:
-        if self._down_since is not None:
+    def _lose(self, call: Call, now: float, running: int) -> bool:
+        """Hears of a call that was not answered, and returns whether that is an outage."""
+        if self.is_down:
             return True
         if self.succeeded_at is None or self._given_up:
             return False
-        self._lost.add(call)
         # A stage that waits for the other one has too few calls to find out by itself.
-        if len(self._lost) < max(self._limit, LEAST_LOST) and not (self.partner and self.partner.is_down):
+        suspected = self.partner is not None and self.partner.is_down
+        if not self._outage.lose(call, now, running, self._limit.most, suspected=suspected):
             return False
-        self._down_since = self._next_probe = now
-        self._probes = 0
         log.warning(
             "%s: the API seems to be down: %d calls were not answered since the last success",
-            self.name,
-            len(self._lost),
+            *(self._name, len(self._outage.lost)),
         )
         return True
 
     def _answered(self, now: float) -> None:
-        self._lost.clear()
-        if self._down_since is not None:
-            log.warning("%s: the API answers again, after %.1f s", self.name, now - self._down_since)
-            self._up(now, self._down_since)
+        if self._outage.since is not None:
+            log.warning("%s: the API answers again, after %.1f s", self._name, now - self._outage.since)
+            self._begin_again(now, self._outage.since)
+        self._outage.end()
 
-    def _stop_waiting(self, now: float) -> None:
-        assert self._down_since is not None  # noqa: S101 - for the type checker
-        log.warning("%s: the API is not waited for any more, after %.0f s", self.name, self._patience)
+    def _stop_waiting(self, now: float, down_since: float) -> None:
+        log.warning("%s: the API is not waited for any more, after %.0f s", self._name, self._patience)
         self._given_up = True
-        self._lost.clear()
-        self._up(now, self._down_since)
+        self._begin_again(now, down_since)
+        self._outage.end()
+
+    def _begin_again(self, now: float, down_since: float) -> None:
+        self.held_back.add(down_since, now)
+        self._limit.begin_at_half()
 
     def put_off(self, call: Call, due: float) -> float:
-        """Returns when a call that is due at `due` may wait in line: a probe not before the next one."""
-        if call is self._probed and self._down_since is not None:
-            return max(due, self._next_probe + PROBE_LEAD)
-        return due
-
-    def _up(self, now: float, down_since: float) -> None:
-        self._hold(down_since, now)
-        self._down_since = self._probe = self._probed = None
-        self._begin_at_half()
+        """Returns when a call that is due at `due` may wait in line."""
+        return self._outage.put_off(call, due) if self.is_down else due
 
     def _is_patient(self, now: float) -> bool:
         return self.succeeded_at is not None and now - self.succeeded_at <= self._patience
 
     def _look(self) -> None:
-        self.slows = (
-            self._adaptive
-            or self._down_since is not None
-            or self._ramp < self._limit  # after a pause, or in one
-        )
-        self.watches = self.slows or bool(self._lost) or self._given_up
+        self.slows = self.is_down or self._limit.slows
+        self.watches = self.slows or bool(self._outage.lost) or self._given_up
