@@ -139,8 +139,6 @@ class Line:
         excused = self.pace.failed(call, error, now, self.runner.out)
         self._mind_pace()
         verdict = self.judge.judge(call, self._end(call, None, error, now, excused=excused))
-        if isinstance(verdict, Retry):
-            verdict = Retry(self.pace.put_off(call, verdict.due), verdict.failure)
         if isinstance(verdict, Answer):
             yield from self._take_given(call, members, verdict.value)
         else:
