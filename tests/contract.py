@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from twostage.coordinator import Coordinator
 
-__all__ = ["Answers", "Plan", "check", "drawn_plan"]
+__all__ = ["Answers", "Pace", "Plan", "check", "drawn_plan"]
 
 WAIT = 1.0
 """Between the attempts of a call."""
@@ -53,6 +53,7 @@ class Plan:
     timeout: float | None = None
     max_failures: float | None = None
     linger: float | None = None
+    pace: Pace | None = None
 
     @property
     def may_end_early(self) -> bool:
@@ -69,6 +70,18 @@ class Plan:
         return (
             index if self.answers is None or self.answers.distinct is None else index % self.answers.distinct
         )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the API of a job bears, and what its stages know of that."""
+
+    asks: float
+    """Share of the failures that pass which ask for a wait."""
+    down: tuple[float, float]
+    """From when until when all attempts fail."""
+    stage: dict[str, Any]
+    """Settings of both stages."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ def drawn_plan(seed: int) -> Plan:
         seed=seed,
         answers=answers,
     )
-    return with_ends(plan, random.Random(-1 - seed))
+    return with_pace(with_ends(plan, random.Random(-1 - seed)), random.Random(f"pace {seed}"))
 
 
 def with_ends(plan: Plan, rng: random.Random) -> Plan:
@@ -148,6 +161,17 @@ def with_ends(plan: Plan, rng: random.Random) -> Plan:
         max_failures=most if plan.return_exceptions else None,
         linger=None if plan.listed else linger,
     )
+
+
+def with_pace(plan: Plan, rng: random.Random) -> Plan:
+    """Returns the plan with an API that asks for waits and is down for a while, at times."""
+    if rng.random() < 0.7:
+        return plan
+    since = rng.choice((0.5, 2.5, 8.0))
+    patience = rng.choice((None, 5.0, 300.0))
+    settings = {"adaptive": rng.random() < 0.5, "pause": rng.random() < 0.8, "patience": patience}
+    down = (since, since + rng.choice((0.0, 20.0, 400.0)))
+    return replace(plan, pace=Pace(rng.choice((0.1, 1.0)), down, settings))
 
 
 def drawn_answers(rng: random.Random, *, batched: bool) -> Answers:
@@ -189,6 +213,7 @@ class Watch:
         self.made: Counter[str] = Counter()  # attempts of each token's call
         self.due: dict[str, float] = {}  # for an item or a token that has failed and may not be sent before
         self.tokens_given: Counter[int] = Counter()
+        self.pauses = {"stage one": (-1.0, -1.0), "stage two": (-1.0, -1.0)}  # the last of each
         self.books: Coordinator | None = None
 
     def source(self) -> Iterator[int]:
@@ -232,11 +257,26 @@ class Watch:
             due = self.due.pop(member, 0)
             given_up = self.plan.timeout is not None and due >= self.plan.timeout and not self.plan.asks_once
             assert began >= due or given_up, f"{stage} of {member} begins before it is due"
+        asked, until = self.pauses[stage]
+        assert not asked < began < until, f"{stage} begins an attempt in a pause"
         sleep(self.plan.latency(self.rng))
         self.attempts[stage].append((began, self.virtual.now))
-        if self.rng.random() < self.plan.fail:
+        pace = self.plan.pace
+        fails = self.rng.random() < self.plan.fail
+        down = pace is not None and pace.down[0] <= began < pace.down[1]
+        if fails or down:
             self.pass_on(members)
-            raise ApiError(503)
+            raise ApiError(503) if down else self.failure(stage)
+
+    def failure(self, stage: str) -> ApiError:
+        error, pace = ApiError(503), self.plan.pace
+        if pace is not None and self.rng.random() < pace.asks:
+            now, seconds = self.virtual.now, self.rng.choice((1, 5, 40))
+            error.headers = {"Retry-After": str(seconds)}  # type: ignore[attr-defined]
+            asked, until = self.pauses[stage]
+            if pace.stage["pause"] and now + seconds > until:
+                self.pauses[stage] = (asked if now < until else now, now + seconds)
+        return error
 
     def pass_on(self, members: list[str]) -> None:
         for member in members:
@@ -245,7 +285,7 @@ class Watch:
     def slot(self, member: str, share: float, answer: Callable[[], object]) -> Any:  # noqa: ANN401 - or a failure
         if self.rng.random() < share:
             self.pass_on([member])
-            return ApiError(503)
+            return self.failure("stage one" if member.startswith("item") else "stage two")
         return answer()
 
     def token(self, item: int) -> str | list[str]:
@@ -344,8 +384,9 @@ def run(plan: Plan, watch: Watch) -> Ended:
         stop=lambda _: False,
         wait=wait_fixed(WAIT),
     )
+    paced = {} if plan.pace is None else plan.pace.stage
     first: Any = (
-        Stage(watch.fetch_token, workers=plan.workers[0], retry=retry)
+        Stage(watch.fetch_token, workers=plan.workers[0], retry=retry, **paced)
         if plan.batch_size is None
         else Stage(
             watch.fetch_tokens,
@@ -353,9 +394,10 @@ def run(plan: Plan, watch: Watch) -> Ended:
             workers=plan.workers[0],
             retry=retry,
             retry_missing=plan.answers is not None and plan.answers.left_out > 0,
+            **paced,
         )
     )
-    second: Any = Stage(watch.fetch_result, workers=plan.workers[1], retry=retry)
+    second: Any = Stage(watch.fetch_result, workers=plan.workers[1], retry=retry, **paced)
     settings: dict[str, Any] = {
         "window": plan.window,
         "return_exceptions": plan.return_exceptions,
@@ -368,7 +410,9 @@ def run(plan: Plan, watch: Watch) -> Ended:
             settings["key"] = str
         if plan.answers.result_batch is not None:
             size = plan.answers.result_batch
-            second = Stage(watch.fetch_results, batch_size=size, workers=plan.workers[1], retry=retry)
+            second = Stage(
+                watch.fetch_results, batch_size=size, workers=plan.workers[1], retry=retry, **paced
+            )
     outcomes: list[Outcome[int, str, int]] = []
     try:
         if plan.listed:
@@ -527,7 +571,9 @@ def _as_outcome(result: Any) -> Outcome[int, str, Any]:  # noqa: ANN401 - of a l
 def _check_part_full(watch: Watch) -> None:
     """Checks that a batch leaves part-full only when its first item has waited, or there are no others."""
     plan = watch.plan
-    disturbed = plan.fail or plan.answers or plan.window < 10_000 or plan.source_fails_at is not None
+    disturbed = (
+        plan.fail or plan.answers or plan.pace or plan.window < 10_000 or plan.source_fails_at is not None
+    )
     if plan.linger is None or disturbed:
         return
     for began, items in watch.batches:
