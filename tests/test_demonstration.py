@@ -400,7 +400,7 @@ def test_shares_of_errors_alone_leave_the_four_ways(faults: str, capsys: pytest.
 @pytest.mark.usefixtures("_hasty", "quick")
 @pytest.mark.parametrize(
     ("faults", "failure"),
-    [("slots=0.9", "503: Service Unavailable"), ("pending=0.9", "RetryError"), ("unprocessed=0.9", "")],
+    [("slots=0.3", "503: Service Unavailable"), ("pending=0.9", "RetryError"), ("unprocessed=0.9", "")],
 )
 def test_faults_that_use_up_the_attempts_are_an_error(
     faults: str, failure: str, monkeypatch: pytest.MonkeyPatch

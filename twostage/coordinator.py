@@ -404,7 +404,8 @@ class Coordinator:
             if line.splits is not None and call.half_of is not None:
                 line.splits.pieces.add(call)
         self.at_work -= len(members)
-        heappush(self.delayed, (line.pace.put_off(call, due), next(self._tie), line, call))
+        due = min(line.pace.put_off(call, due), self.deadline)  # by which all have to be in line
+        heappush(self.delayed, (due, next(self._tie), line, call))
 
     def _refresh(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
         """Sends items back to stage one for a new token, unless they were there too often."""

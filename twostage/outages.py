@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Outage"]
 
 LEAST_LOST = 8  # different calls: fewer failures in a row are no outage, however few workers there are
+LONG = 10.0  # seconds without a success, after which that many are enough
 DOUBLINGS = 3  # of the time between probes: 1, 2, 4 and then 8 s
 PROBE_LEAD = 0.1  # of another call over the one that was the last probe: that one may be what always fails
 
@@ -30,25 +31,26 @@ class Outage:
     def __init__(self) -> None:
         self.since: float | None = None
         self.lost: set[Call] = set()
-        self._busiest = 0  # the most attempts at once among those that ended so
+        self._lost_since = math.inf  # when the first of them ended
         self._probe: Call | None = None
         self._probed: Call | None = None  # the last one that failed
         self._probes = 0
         self._next_probe = math.inf
 
-    def lose(self, call: Call, now: float, running: int, limit: float, *, suspected: bool) -> bool:
+    def lose(self, call: Call, now: float, limit: float, *, suspected: bool) -> bool:
         """Hears of a call that was not answered; returns whether that makes the API count as down.
 
         Args:
             call: It.
             now: The time.
-            running: How many run still.
-            limit: How many may run: as many different calls have to be lost, if as many do run.
+            limit: How many attempts may run: as many different calls have to be lost.
             suspected: Whether one is enough.
         """
         self.lost.add(call)
-        self._busiest = max(self._busiest, running + 1)
-        if len(self.lost) < max(min(limit, self._busiest), LEAST_LOST) and not suspected:
+        self._lost_since = min(self._lost_since, now)
+        if now - self._lost_since >= LONG:
+            limit = 0  # a rate lets so few begin that there may never be as many
+        if len(self.lost) < max(limit, LEAST_LOST) and not suspected:
             return False
         self.since = self._next_probe = now
         self._probes = 0
@@ -57,7 +59,7 @@ class Outage:
     def end(self) -> None:
         """Begins anew: the API has answered, or is not waited for."""
         self.lost.clear()
-        self._busiest = 0
+        self._lost_since = math.inf
         self.since = self._probe = self._probed = None
 
     def when_may_probe(self) -> float:

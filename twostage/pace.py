@@ -155,7 +155,7 @@ class Pace(Gate):
         if is_outage(error):
             if is_timeout(error) and not self.is_down:
                 self._limit.refused(min(running, AFTER_TIMEOUT * self._limit.most), now)
-            excused = self._lose(call, now, running)
+            excused = self._lose(call, now)
         elif not is_transient(error):  # whoever says "not found" is up
             self._answered(now)
         self._look()
@@ -193,7 +193,7 @@ class Pace(Gate):
         self._limit.begin_at_half()
         self._gap = min(SPREAD * (until - now), LONGEST_SPREAD) / self._limit.at_once
 
-    def _lose(self, call: Call, now: float, running: int) -> bool:
+    def _lose(self, call: Call, now: float) -> bool:
         """Hears of a call that was not answered, and returns whether that is an outage."""
         if self.is_down:
             return True
@@ -201,7 +201,7 @@ class Pace(Gate):
             return False
         # A stage that waits for the other one has too few calls to find out by itself.
         suspected = self.partner is not None and self.partner.is_down
-        if not self._outage.lose(call, now, running, self._limit.most, suspected=suspected):
+        if not self._outage.lose(call, now, self._limit.most, suspected=suspected):
             return False
         log.warning(
             "%s: the API seems to be down: %d calls were not answered since the last success",
