@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import traceback
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import pytest
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
-from twostage import iter_two_stage, run_two_stage
+from twostage import is_transient, iter_two_stage, run_two_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,9 @@ Run: TypeAlias = "Callable[..., list[Any]]"
 PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
 ALWAYS: Final = Retrying(
     retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(5), wait=wait_none()
+)
+AT_ONCE: Final = Retrying(
+    retry=retry_if_exception(is_transient), stop=stop_after_attempt(10), wait=wait_none()
 )
 
 
@@ -74,6 +78,15 @@ def nothing_collected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def given_up_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Returns the warnings about attempts that were given up."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and "given up" in record.getMessage()
+    ]
 
 
 def source_of(items: Iterable[Any], closed: list[str], error: BaseException | None = None) -> Iterator[Any]:
