@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenacity import Retrying, stop_after_attempt, wait_random
 
-from twostage import Stage, iter_two_stage, run_two_stage
+from twostage import AttemptTimeout, Stage, iter_two_stage, run_two_stage
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Job:
         self.form = rng.choice(("list", "stream", "ordered"))
         self.shared_pool = rng.random() < 0.2
         self.chance = random.Random(rng.random())
+        self.attempt_timeout = None if self.shared_pool else rng.choice((None, None, 0.0003, 0.002))
 
     def source(self) -> Iterator[int]:
         for item in range(self.items):
@@ -67,6 +68,8 @@ class Job:
     def attempt(self) -> None:
         if self.nap:
             time.sleep(self.nap * self.chance.random())
+        if self.attempt_timeout is not None:  # some take a little longer, and some about as long
+            time.sleep(self.attempt_timeout * self.chance.choice((0.1, 0.5, 0.9, 1.1)))
         if self.chance.random() < self.fail:
             raise ApiError(503)
 
@@ -100,24 +103,32 @@ class Job:
     def check(self) -> None:
         """Runs the job and checks what it gives."""
         retry = Retrying(
-            retry=lambda state: isinstance(state.outcome and state.outcome.exception(), ApiError),
+            retry=lambda state: isinstance(
+                state.outcome and state.outcome.exception(), ApiError | AttemptTimeout
+            ),
             stop=stop_after_attempt(50),
             wait=wait_random(0, 0.0003),
         )
         pool = ThreadPoolExecutor(3) if self.shared_pool else None
-        settings: dict[str, Any] = {"workers": self.workers[0], "retry": retry, "executor": pool}
+        settings: dict[str, Any] = {
+            "retry": retry,
+            "executor": pool,
+            "attempt_timeout": self.attempt_timeout,
+        }
         first: Stage[Any, int] = (
-            Stage(self.fetch_token, **settings)
+            Stage(self.fetch_token, workers=self.workers[0], **settings)
             if self.batch_size is None
-            else Stage(self.fetch_tokens, batch_size=self.batch_size, **settings)
+            else Stage(self.fetch_tokens, workers=self.workers[0], batch_size=self.batch_size, **settings)
         )
-        second = Stage(self.fetch_result, workers=self.workers[1], retry=retry, executor=pool)
+        second = Stage(self.fetch_result, workers=self.workers[1], **settings)
         try:
             assert self.run(first, second) == [-item - 1 for item in range(self.items)]
         except SourceError:
             assert self.source_fails is not None
         except LookupError:
             assert self.lasting is not None
+        except AttemptTimeout:  # fifty times
+            assert self.attempt_timeout is not None
         except ConsumerError:
             assert self.consumer_leaves is not None
         finally:
@@ -126,7 +137,10 @@ class Job:
 
 
 def census() -> tuple[int, int, int]:
-    """Counts threads, file descriptors and futures."""
+    """Counts threads, file descriptors and futures, when attempts that were given up have ended."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("twostage"):
+            thread.join(HANG)
     gc.collect()
     descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0  # noqa: PTH112, PTH208
     return threading.active_count(), descriptors, sum(isinstance(one, Future) for one in gc.get_objects())
