@@ -332,7 +332,7 @@ def test_all_faults_are_tried() -> None:
         ("resets", 0.1),
         ("truncated", 0.1),
         ("hangs", 0.02),  # each takes as long as the client waits
-        ("throttled", 0.1),
+        ("throttled", 0.03),
         ("bursts", 0.1),
         ("outage", 0.02),
     ],
