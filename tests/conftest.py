@@ -25,6 +25,7 @@ def _no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     gc.collect()  # what a test dropped without closing ends now
+    gc.freeze()  # and what is still there is not looked at after each of the next ones
     left = [thread for thread in threading.enumerate() if thread not in before]
     for thread in left:
         thread.join(5)  # an abandoned job's end is on its way; one that hangs is what this is about
