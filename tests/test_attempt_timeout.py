@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from common import (
@@ -35,8 +35,14 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
+from twostage.coordinator import LEAST_IN_PROGRESS
+from twostage.gates import HungGate
+from twostage.runners import Runner
 from twostage.testing import VirtualTime, sleep
 from twostage.transient import is_outage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LATER: Final = Retrying(
     retry=retry_if_exception(is_transient), stop=stop_after_attempt(3), wait=wait_fixed(13)
@@ -375,6 +381,31 @@ def test_patience_is_asked_for_only_while_something_waits(virtual: VirtualTime) 
     assert virtual.now == 501
 
 
+def test_patience_ends_while_the_consumer_has_too_much_in_hand(virtual: VirtualTime) -> None:
+    """As many outcomes wait for it as may be in progress, so that nothing would start anyway."""
+    fetch = Fake(str, lambda item: EVER if item == LEAST_IN_PROGRESS - 1 else 0)
+    settings = stage(fetch, workers=1, attempt_timeout=10, patience=60, retry=None)
+    with iter_two_stage(range(1000), settings, str, return_exceptions=True, window=1000) as outcomes:
+        next(outcomes)
+        sleep(5)
+        assert len(fetch.calls) == LEAST_IN_PROGRESS
+        sleep(1000)
+        with pytest.raises(AttemptTimeout, match="stage one: 1 attempts were given up"):
+            list(outcomes)
+
+
+def test_patience_ends_while_items_linger_for_a_full_batch(virtual: VirtualTime) -> None:
+    def source() -> Iterator[str]:
+        yield from "abc"
+        sleep(1000)
+
+    settings = stage(Fake(list, EVER), workers=1, batch_size=2, attempt_timeout=10, patience=60, retry=None)
+    outcomes = iter_two_stage(source(), settings, str, return_exceptions=True, linger=500)
+    with pytest.raises(AttemptTimeout, match="stage one: 1 attempts were given up"):
+        list(outcomes)
+    assert virtual.now == 70
+
+
 def test_running_calls_are_awaited_when_patience_is_over(virtual: VirtualTime) -> None:
     first = Fake(str, lambda item: 100 if item == "z" else 0)
     fetch = Attempts(virtual, a=(EVER,))
@@ -450,6 +481,32 @@ def test_time_of_the_whole_run(virtual: VirtualTime, *, return_exceptions: bool)
             run("abc", *stages, timeout=15)
     assert [began for began, item in fetch.began if item == "a"] == [0, 10]
     assert virtual.now == 20
+
+
+def test_time_of_the_whole_run_ends_the_patience(virtual: VirtualTime) -> None:
+    """What waited for a place has failed by then, so nothing is held back any more."""
+    first = Fake(str, lambda item: {"c": 80, "d": 100}.get(item, 0))
+    settings = stage(Fake(str, EVER), workers=1, attempt_timeout=10, patience=60, retry=None)
+    results = run("abcd", first, settings, timeout=30, return_exceptions=True)
+    assert [type(result) for result in results] == [AttemptTimeout, RunTimeout, RunTimeout, RunTimeout]
+    assert virtual.now == 100
+
+
+def test_gate_stays_shut_when_its_patience_is_over() -> None:
+    gate, runner = HungGate("stage one", 2, 60), Runner()
+    runner.given_up = 1
+    assert gate.when_may_start(5, runner) == 5
+    runner.given_up = 2
+    assert gate.when_may_start(5, runner) == gate.when_may_start(64, runner) == 65
+    gate.check_patience(64.9, runner)
+    assert gate.when_may_start(65, runner) == math.inf
+    with pytest.raises(AttemptTimeout, match="stage one: 2 attempts"):
+        gate.check_patience(65, runner)
+    runner.given_up = 1
+    gate.check_patience(70, runner)
+    runner.given_up = 2
+    gate.check_patience(200, runner)
+    assert gate.when_may_start(200, runner) == 260
 
 
 # --- with what else holds starts back

@@ -311,6 +311,39 @@ def meanwhile(ending: threading.Event, act: Callable[[], object]) -> Iterator[No
     thread.join()
 
 
+def test_patience_ends_on_threads_while_an_item_lingers(clock: Clock) -> None:
+    """It lingers for another one to fill its batch, so no start is tried."""
+    fetch = Hanging(("a", 1))
+    begins, over = threading.Event(), threading.Event()
+
+    def source() -> Iterator[str]:
+        yield from "abc"
+        assert over.wait(PATIENCE)
+
+    def fetch_tokens(batch: list[str]) -> list[str]:
+        begins.set()
+        return [fetch(item) for item in batch]
+
+    settings = stage(fetch_tokens, workers=1, batch_size=2, attempt_timeout=10, patience=60, retry=None)
+    outcomes = iter_two_stage(source(), settings, str, return_exceptions=True, linger=500)
+    line = outcomes._job._coordinator.token_line
+
+    def let_time_pass() -> None:
+        until(lambda: len(line.waiting) == 1)
+        for seconds in (10, 60):
+            clock.advance(seconds)
+
+    with released(fetch):
+        try:
+            with (
+                meanwhile(begins, let_time_pass),
+                pytest.raises(AttemptTimeout, match="stage one: 1 attempts were given up"),
+            ):
+                list(outcomes)
+        finally:
+            over.set()
+
+
 @pytest.mark.parametrize("way", ["close", "raise", "interrupt"])
 def test_left_job_awaits_what_runs_and_not_what_was_given_up(
     way: str, clock: Clock, ending: threading.Event

@@ -159,6 +159,8 @@ class Coordinator:
                         line.runner.give_up(now)
                 if not self.ending:
                     self._start(now)
+                    for line in self._held_back():
+                        line.check_patience(now)
                     if self.reader is not None:
                         self._read_on(self.reader)
                 break
@@ -171,7 +173,7 @@ class Coordinator:
         times = [line.runner.next_overdue(self.now) for line in self.lines if line.timed]
         if self.ending:
             return min(times, default=None)
-        times += [time for time in map(self._opens, self.lines) if self.now < time < math.inf]
+        times += [t for line in self._held_back() if self.now < (t := line.opens(self.now)) < math.inf]
         if self.delayed:
             times.append(self.delayed[0][0])
         if self.linger < math.inf and self.token_line.waiting and self._leaves_at() > self.now:
@@ -180,12 +182,15 @@ class Coordinator:
             times.append(self.deadline)
         return min(times, default=None)
 
-    def _opens(self, line: Line) -> float:
-        """Returns when a line's gates let its next call pass; infinite if none waits, or for a worker too."""
-        waits = line.due or line.waiting or (line is self.token_line and self.returned)
-        if not (line.gates and waits and line.runner.out < line.limit):
-            return math.inf
-        return line.opens(self.now)
+    def _held_back(self) -> list[Line]:
+        """Returns the stages where calls, or items for them, wait for nothing but the gates."""
+        return [
+            line
+            for line in self.lines
+            if line.gates
+            and line.runner.out < line.limit
+            and (line.due or line.waiting or (line is self.token_line and self.returned))
+        ]
 
     # --- events from the caller's thread
 

@@ -40,6 +40,9 @@ class Gate:
         """
         raise NotImplementedError
 
+    def check_patience(self, now: float, runner: Runner) -> None:
+        """Raises if calls have waited here for so long that the job is to end."""
+
     def started(self, call: Call, now: float) -> None:
         """Hears that `call` was handed over."""
 
@@ -242,9 +245,13 @@ class HungGate(Gate):
         if self._since is None:
             self._since = now
         until = self._since + self._patience
-        if now >= until:
+        return until if now < until else math.inf
+
+    def check_patience(self, now: float, runner: Runner) -> None:
+        if runner.given_up < self._workers:
+            self._since = None
+        elif self._since is not None and self._since + self._patience <= now:
             raise AttemptTimeout(
                 f"{self._name}: {runner.given_up} attempts were given up and have not ended for "
                 f"{self._patience:g} s, so no worker is left; give the client a timeout of its own"
             )
-        return until

@@ -216,6 +216,11 @@ class Line:
         for gate in self.gates:
             gate.ended(call, answer, error, now)
 
+    def check_patience(self, now: float) -> None:
+        """Has the gates say, by raising, if what waits has waited for too long."""
+        for gate in self.gates:
+            gate.check_patience(now, self.runner)
+
     def opens(self, now: float) -> float:
         """Returns when the next call may start as far as the gates are concerned."""
         call = self.due[0] if self.due else None
