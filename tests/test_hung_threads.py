@@ -507,6 +507,37 @@ def test_runner_gives_up_when_it_said_that_it_would() -> None:
             assert one.runner.next_overdue(due) == math.inf
 
 
+def test_function_is_never_called_with_what_the_call_has_become(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread stops where it is about to call, for so long that the item is back at stage one."""
+    stops = itertools.count()
+
+    def token_of(outcome: Outcome[str, str, str]) -> object:
+        if outcome.item == "b" and next(stops) == 0:
+            clock.advance(30)
+        return outcome.token
+
+    monkeypatch.setattr("twostage.building._token", token_of)
+    asked: list[str] = []
+    made = itertools.count()
+
+    def fetch_token(item: str) -> str:
+        return f"{item}{next(made)}"
+
+    def fetch_result(token: str) -> str:
+        asked.append(token)
+        return token
+
+    with iter_two_stage(
+        "ab", fetch_token, Stage(fetch_result, attempt_timeout=20), refresh_token_on=AttemptTimeout
+    ) as outcomes:
+        results = rest(outcomes)
+    until(lambda: not ours())
+    assert None not in asked
+    assert results["b"] in asked
+
+
 def test_coordinator_sleeps_while_attempts_hang(clock: Clock) -> None:
     """It is woken by what happens, and when the next one is to be given up; never again and again."""
     fetch = Hanging((1, 1), (2, 1))

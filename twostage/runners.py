@@ -272,22 +272,23 @@ class PoolRunner(Runner):
                     return True
                 continue  # the ticket of a call in `_first`, which somebody may have taken already
             call.began = clock()
+            asked = argument(call)  # once it can be given up, the call is another attempt's as well
             attempt = None
             if running is not None:
                 attempt = object()
                 running[attempt] = call
             try:
-                answer = fetch(argument(call))
+                answer = fetch(asked)
             except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
                 if running is not None and running.pop(attempt, None) is None:
                     return False
                 put((attempt_ended, call, None, without_our_frames(error)))
-                del call  # the error's traceback holds this frame, and the call may hold the error
+                del call, asked  # the error's traceback holds this frame, and the call may hold the error
                 return True
             if running is not None and running.pop(attempt, None) is None:
                 return False
             put((attempt_ended, call, answer, None))
-            del call, answer  # nothing of an attempt is kept while the next is waited for
+            del call, asked, answer  # nothing of an attempt is kept while the next is waited for
         return True
 
     def give_up(self, now: float) -> None:
