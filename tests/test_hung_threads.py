@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from common import (
     LeaveError,
     given_up_in,
     iterate,
+    nothing_collected,
     ours,
     until,
 )
@@ -536,6 +538,53 @@ def test_function_is_never_called_with_what_the_call_has_become(
     until(lambda: not ours())
     assert None not in asked
     assert results["b"] in asked
+
+
+@pytest.mark.parametrize("failure_is_kept", [False, True])
+def test_nothing_is_kept_of_an_attempt_that_has_ended_late(clock: Clock, *, failure_is_kept: bool) -> None:
+    """If the user keeps its failure, then what the function's own frames hold, and no more."""
+
+    class Kept(str):
+        """Can be referred to weakly."""
+
+        __slots__ = ("__weakref__",)
+
+    class KeptError(Exception):
+        pass
+
+    fetch = Hanging(("b", 1))
+    kept: list[weakref.ref[Any]] = []
+    failures: list[KeptError] = []
+
+    def keep(one: Any) -> Any:  # noqa: ANN401 - of anything
+        kept.append(weakref.ref(one))
+        return one
+
+    def fetch_token(item: Kept) -> str:
+        return item.upper()
+
+    def fetch_result(token: str) -> Kept:
+        answer: Kept = keep(Kept(fetch(token.lower())))
+        if not fetch.ended:
+            return answer
+        del answer
+        if not failure_is_kept:
+            raise keep(KeptError())
+        failures.append(KeptError())
+        raise failures[0]
+
+    with released(fetch), nothing_collected():
+        settings = stage(fetch_result, attempt_timeout=30, retry=AT_ONCE, workers=2)
+        with iter_two_stage((keep(Kept(item)) for item in "ab"), fetch_token, settings) as outcomes:
+            assert len(begun(outcomes)) == 1
+            fetch.hang(1)
+            clock.advance(30)
+            assert len(rest(outcomes)) == 1
+        fetch.release()
+        until(lambda: not ours())
+        assert len(failures) == failure_is_kept
+        assert len(kept) == 6 - failure_is_kept
+        assert [one() for one in kept if one() is not None] == []
 
 
 def test_coordinator_sleeps_while_attempts_hang(clock: Clock) -> None:

@@ -280,11 +280,11 @@ class PoolRunner(Runner):
             try:
                 answer = fetch(asked)
             except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
-                if running is not None and running.pop(attempt, None) is None:
-                    return False
-                put((attempt_ended, call, None, without_our_frames(error)))
+                counts = running is None or running.pop(attempt, None) is not None
+                if counts:
+                    put((attempt_ended, call, None, without_our_frames(error)))
                 del call, asked  # the error's traceback holds this frame, and the call may hold the error
-                return True
+                return counts
             if running is not None and running.pop(attempt, None) is None:
                 return False
             put((attempt_ended, call, answer, None))
