@@ -418,6 +418,29 @@ def test_late_failure_in_a_thread_is_dropped_whatever_it_is(
     assert all(record.levelno < logging.ERROR for record in caplog.records)
 
 
+def test_handler_of_the_warning_that_raises_ends_the_job(clock: Clock) -> None:
+    class Handler(logging.Handler):
+        """Lets its failures out, as a user's may."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            raise LookupError(record.getMessage())
+
+    fetch = Hanging((1, 1), (2, 1))
+    handler = Handler(logging.WARNING)
+    logging.getLogger("twostage").addHandler(handler)
+    try:
+        with released(fetch):
+            settings = stage(fetch, attempt_timeout=30, retry=None)
+            outcomes = iter_two_stage(range(3), each(int), settings, batch_size=3)
+            begun(outcomes)
+            fetch.hang(2)
+            clock.advance(30)
+            with pytest.raises(LookupError, match=r"stage two, [12]: the attempt takes longer than 30 s"):
+                list(outcomes)
+    finally:
+        logging.getLogger("twostage").removeHandler(handler)
+
+
 def test_thread_that_cannot_be_started_for_another_ends_the_job(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,7 +297,8 @@ class PoolRunner(Runner):
             if self._running.pop(attempt, None) is not None:
                 self._tasks -= 1
                 self.given_up += 1
-                self._attempt_ended(call, None, given_up(self._work, call))
+                self.out -= 1  # before the warning: who hears it may raise
+                self._work.ended(call, None, given_up(self._work, call))
         self._grow(self.out)
 
     def next_overdue(self, now: float) -> float:

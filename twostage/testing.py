@@ -388,7 +388,8 @@ class _VirtualRunner(Runner):
                 self._virtual._record("give up", _name(self._work.stage, call))  # noqa: SLF001 - as above
                 self.idle += 1
                 self.given_up += 1
-                self._attempt_ended(call, None, given_up(self._work, call))
+                self.out -= 1
+                self._work.ended(call, None, given_up(self._work, call))
 
     def next_overdue(self, now: float) -> float:
         del now
