@@ -47,12 +47,14 @@ from twostage import (
     Stage,
     iter_two_stage,
 )
+from twostage import runners as runners_module
 from twostage.completions import Completions
 from twostage.coordinator import Coordinator
 from twostage.runners import PoolRunner, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from twostage.calls import Call
     from twostage.completions import Event
@@ -513,6 +515,25 @@ def number_of(call: Call) -> int:
     return call.index
 
 
+def test_runner_gives_the_place_to_what_was_handed_over(caplog: pytest.LogCaptureFixture) -> None:
+    """One worker, two calls: the second begins though the first never ends."""
+    fetch = Hanging((1, 1))
+    with alone(fetch, workers=1) as one:
+        one.runner.start([numbered(1), numbered(2)])
+        fetch.hang(1)
+        one.now += 30
+        one.runner.give_up(one.now)
+        assert (one.runner.out, one.runner.given_up) == (1, 1)
+        one.take(2)
+        (first, _, error), (second, answer, _) = one.ends
+        assert (number_of(first), type(error)) == (1, AttemptTimeout)
+        assert (number_of(second), answer) == (2, "21")
+        one.runner.stop()
+        one.runner.join()
+        assert {*ours()} == fetch.threads  # at once: it alone is not waited for
+    assert len(given_up_in(caplog)) == 1
+
+
 def test_runner_gives_up_when_it_said_that_it_would() -> None:
     """Not a moment later, or the coordinator would be woken again and again until then."""
     rng = random.Random(0)
@@ -530,6 +551,34 @@ def test_runner_gives_up_when_it_said_that_it_would() -> None:
             one.runner.give_up(due)
             assert one.runner.given_up == 1
             assert one.runner.next_overdue(due) == math.inf
+
+
+def test_thread_that_the_pool_takes_for_idle_holds_nothing_back(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.12 on, a submit at the wrong moment makes a pool count one idle thread too many.
+
+    It then starts none for the next task, which waits for one that hangs.
+    """
+
+    class Mistaken(ThreadPoolExecutor):
+        """Counts one too many from its first task on."""
+
+        def submit(self, *call: Any, **named: Any) -> Future[Any]:  # noqa: ANN401 - any call
+            future = super().submit(*call, **named)
+            if len(self._threads) == 1:
+                self._idle_semaphore.release()
+            return future
+
+    monkeypatch.setattr(runners_module, "ThreadPoolExecutor", Mistaken)
+    fetch = Hanging((1, 1), (1, 2), (1, 3))
+    settings = stage(fetch, attempt_timeout=30, workers=5, retry=AT_ONCE)
+    with released(fetch), iter_two_stage(range(2), each(int), settings, batch_size=2) as outcomes:
+        results = begun(outcomes)
+        for number in (1, 2, 3):
+            fetch.hang(number)
+            clock.advance(30)
+        assert results | rest(outcomes) == {0: "01", 1: "14"}
 
 
 def test_function_is_never_called_with_what_the_call_has_become(

@@ -195,9 +195,7 @@ class PoolRunner(Runner):
         self._work = work
         self._completions = completions
         self._clock = clock
-        # Those that are given up keep their threads, and others take their places.
-        threads = work.workers if work.attempt_timeout is None else 2 * work.workers
-        self._pool = ThreadPoolExecutor(threads, "twostage")
+        self._pool = ThreadPoolExecutor(work.workers, "twostage")
         self._tasks = 0
         # Attempts that run, if they can be given up: who takes one out first, its end or that, has it.
         self._running: dict[object, Call] | None = None if work.attempt_timeout is None else {}
@@ -235,7 +233,7 @@ class PoolRunner(Runner):
             self._completions.add(task, (self._task_ended, task, None, None))
 
     def _task_ended(self, task: Future[bool], _answer: object, _error: BaseException | None) -> None:
-        if task.result():
+        if task.cancelled() or task.result():
             self._tasks -= 1
         else:
             self.given_up -= 1
@@ -292,14 +290,22 @@ class PoolRunner(Runner):
         return True
 
     def give_up(self, now: float) -> None:
-        for attempt, call in self._overdue(now):
-            assert self._running is not None  # noqa: S101 - for the type checker
-            if self._running.pop(attempt, None) is not None:
-                self._tasks -= 1
-                self.given_up += 1
-                self.out -= 1  # before the warning: who hears it may raise
-                self._work.ended(call, None, given_up(self._work, call))
-        self._grow(self.out)
+        running = self._running
+        if running is None:
+            return
+        hung = [call for attempt, call in self._overdue(now) if running.pop(attempt, None) is not None]
+        if not hung:
+            return
+        self._tasks -= len(hung)
+        self.given_up += len(hung)
+        self.out -= len(hung)  # before the warnings: who hears them may raise
+        # They keep their threads, which a pool may take for idle ones, and so start none for a task.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = ThreadPoolExecutor(self._work.workers, "twostage")
+        for call in hung:
+            self._work.ended(call, None, given_up(self._work, call))
+        if not self._stopped:
+            self._grow(self.out)
 
     def next_overdue(self, now: float) -> float:
         running = list((self._running or {}).copy().values())
@@ -308,10 +314,8 @@ class PoolRunner(Runner):
         return min([now, *(call.began for call in running)]) + (self._work.attempt_timeout or math.inf)
 
     def _overdue(self, now: float) -> list[tuple[object, Call]]:
-        if self._running is None or self._work.attempt_timeout is None:
-            return []
-        began = now - self._work.attempt_timeout
-        return [(attempt, call) for attempt, call in self._running.copy().items() if call.began <= began]
+        timeout = self._work.attempt_timeout or math.inf
+        return [one for one in (self._running or {}).copy().items() if one[1].began + timeout <= now]
 
     def take_back(self) -> list[Call]:
         back: list[Call] = []
@@ -337,7 +341,7 @@ class PoolRunner(Runner):
             self._queue.put(None)
 
     def join(self) -> None:
-        self._pool.shutdown(wait=not self.given_up, cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
 
 class SourceRunner(Runner):
