@@ -429,8 +429,8 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
         many: Whether an item has many tokens: what else is its token is then a list of them, and its
             result the list of their results, in their order. Default: no.
         key: Gives an item's identity, hashable. Items of equal key are asked for once and share what comes
-            of it, among those that were read and not handed over. It is called in this thread. Default:
-            each item is asked for by itself.
+            of it, among those that were read and not handed over. It is called where the source is read.
+            Default: each item is asked for by itself.
         refresh_token_on: Which failures of stage two mean that a token is no good any more: exception
             types, or a function that takes an exception. The item then gets a new token from stage one.
         max_refreshes: How often that may happen to one item; then the failure is the outcome.

@@ -106,13 +106,15 @@ class Stage(Generic[InT_contra, OutT_co]):
             400, 413 and 422, and `ValueError` itself. `False`: none.
         retry_missing: Whether items that are left out of a batch's mapping are asked for again, as often
             as `retry` has it. Off, they fail with `MissingToken`.
-        rate: How many attempts begin in a second, or a `Rate`, or several, all of which hold. Default: any.
+        rate: How many attempts begin in a second, or a `Rate`, or several, all of which hold. A whole number
+            may begin all at once, others are spaced. Default: any.
         adaptive: Whether the number of attempts at once is found out, up to `workers`: it falls when the API
             says that they are too many, and grows while it does not. Default: no.
         pause: Whether an answer that asks for a wait (by `Retry-After`) holds back the whole stage. Off, it
             holds back its own call.
         patience: For how many seconds an API that has answered before is waited for if it is down or only
-            says that calls are too many, before `retry` alone decides. `None`: for ever.
+            says that calls are too many, before `retry` alone decides; and for how many hung attempts may
+            hold all workers, before the job ends. `None`: for ever.
         attempt_timeout: How many seconds an attempt may take. One that takes longer fails with
             `AttemptTimeout` and is given up, though its thread runs on: the client's own timeout is the
             better one. Not with an `executor`. Default: no limit.
