@@ -394,6 +394,7 @@ def test_futures_on_an_executor_of_the_user_s_are_taken_back() -> None:
     with Waiting("the next one in") as paused, OneByOne(paused) as executor:
         results = run_two_stage(range(12), int, Stage(fetch_result, workers=4, executor=executor))
     assert results == list(range(12))
+    assert paused.is_set()
     assert executor.cancelled == 3
     assert sorted(asked) == sorted([0, *range(12)])
     assert [item for item in asked[1:] if item] == list(range(1, 12))
