@@ -607,3 +607,20 @@ def test_stage_that_is_well_is_not_slowed_down() -> None:
         return starts(results)[:1000]
 
     assert begins([]) == begins(range(0, 1000, 25))
+
+
+@pytest.mark.parametrize("error", [ApiError(500), ApiError(429)], ids=["500", "429"])
+def test_failure_that_passes_ends_no_outage(
+    virtual: VirtualTime, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    outages = Outages(virtual, (SINCE, SINCE + 200))
+
+    def answer(item: int) -> int:
+        if outages.is_down() and virtual.now > SINCE + 10 and item % 2:
+            raise error
+        return int(outages(item))
+
+    results = Fake(answer, 0.1, virtual=virtual)
+    assert run_two_stage(range(3000), int, results, retry=quick(9)) == list(range(3000))
+    assert len(starts(results, SINCE + 0.2, SINCE + 200)) < 45
+    assert len(said(caplog, "answers again")) == 1

@@ -844,3 +844,39 @@ def test_batch_that_a_pause_has_taken_back_is_not_sent_at_a_size_that_is_too_lar
     assert Counter(fake.sizes)[10] == 38
     # Refused at that size: the second or third, the one that was throttled, and one that had begun by then.
     assert Counter(fake.sizes)[20] <= 5
+
+
+def test_delay_goes_on_while_a_call_is_throttled(virtual: VirtualTime) -> None:
+    """With no pause to move its start on: then an attempt that is excused does not stop it."""
+    results = answer_often(lambda: AnsweredError(429), 20, virtual)
+    outcomes = outcomes_of(range(300), int, stage(results, workers=3), retry=within(10))
+    assert outcomes[0].exception is None
+    assert attempts_of(0, results)[-1] > 50
+
+
+def test_throttled_for_a_day_waits_for_300_s_without_a_pause_too(virtual: VirtualTime) -> None:
+    results = Fake(failing({0: [Throttled(86_400)]}), 1, virtual=virtual)
+    run_two_stage([0], int, stage(results, pause=False))
+    assert starts(results) == [0, 301]
+
+
+def test_batches_are_made_of_what_waits_when_a_pause_is_over(virtual: VirtualTime) -> None:
+    results = Fake(failing({0: [asking(30)]}), 0.5, virtual=virtual)
+    run_two_stage(range(61), stage(Fake(int, 0.5), workers=1), stage(results, batch_size=5, workers=4))
+    assert results.sizes[:2] == [1, 1]
+    assert results.sizes[2:13] == [5] * 11  # all that came within it, and none of them alone
+
+
+@pytest.mark.parametrize("workers", [4, 8])
+def test_batches_that_wait_after_a_pause_are_made_smaller(virtual: VirtualTime, workers: int) -> None:
+    def answer(batch: list[int]) -> list[int]:
+        if batch[0] == 0 and virtual.now < 30:
+            raise asking(30)
+        if len(batch) > 10 and virtual.now > 30:
+            raise ApiError(413)
+        return batch
+
+    tokens = Fake(answer, late(2), virtual=virtual)
+    assert run_two_stage(range(2000), stage(tokens, batch_size=20, workers=workers), int) == list(range(2000))
+    late_ones = Counter(made.size for made in tokens.calls if made.began > 30)
+    assert late_ones[20] <= 2 * workers  # of nearly a hundred that had been handed over
