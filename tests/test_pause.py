@@ -867,7 +867,7 @@ def test_batches_are_made_of_what_waits_when_a_pause_is_over(virtual: VirtualTim
     assert results.sizes[2:13] == [5] * 11  # all that came within it, and none of them alone
 
 
-@pytest.mark.parametrize("workers", [4, 8])
+@pytest.mark.parametrize("workers", [4, 32])  # of few, all are handed over when the first ones have succeeded
 def test_batches_that_wait_after_a_pause_are_made_smaller(virtual: VirtualTime, workers: int) -> None:
     def answer(batch: list[int]) -> list[int]:
         if batch[0] == 0 and virtual.now < 30:
