@@ -39,7 +39,7 @@ from twostage.coordinator import LEAST_IN_PROGRESS
 from twostage.gates import HungGate
 from twostage.runners import Runner
 from twostage.testing import VirtualTime, sleep
-from twostage.transient import is_outage
+from twostage.transient import Kind, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +90,7 @@ def test_its_failure_is_a_timeout_that_may_pass_and_counts_for_an_outage() -> No
     error = AttemptTimeout()
     assert isinstance(error, TimeoutError)
     assert is_transient(error)
-    assert is_outage(error)
+    assert kind_of(error) is Kind.OUTAGE
 
 
 # --- giving up, in virtual time

@@ -39,7 +39,7 @@ from requesting import (
 from twostage import is_transient
 from twostage.clients import code_of, status_of
 from twostage.throttling import retry_after
-from twostage.transient import THROTTLING_CODES, is_outage, is_throttled
+from twostage.transient import THROTTLING_CODES, Kind, is_throttled, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,7 +88,9 @@ class Taken(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> Taken:
-        return cls(is_transient(error), is_throttled(error), is_outage(error), retry_after(error))
+        return cls(
+            is_transient(error), is_throttled(error), kind_of(error) is Kind.OUTAGE, retry_after(error)
+        )
 
 
 LASTING = Taken(transient=False, throttled=False, outage=False)

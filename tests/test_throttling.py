@@ -23,7 +23,7 @@ from twostage import Throttled, is_transient, run_two_stage, wait_retry_after
 from twostage.calls import Outcome
 from twostage.retry import End, Judge, Retry, default_policy
 from twostage.throttling import LONGEST_PAUSE, retry_after
-from twostage.transient import THROTTLING_CODES, is_outage, is_throttled
+from twostage.transient import THROTTLING_CODES, Kind, is_throttled, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -278,7 +278,7 @@ RETRY_AFTER = {"Retry-After": "7"}
 def test_kind_of_a_failure(error: BaseException, kind: str) -> None:
     assert is_transient(error) is (kind != "lasting")
     assert is_throttled(error) is (kind == "throttled")
-    assert is_outage(error) is (kind == "outage")
+    assert (kind_of(error) is Kind.OUTAGE) is (kind == "outage")
 
 
 # --- the wait

@@ -25,6 +25,7 @@ class Limit:
         adaptive: Whether it is found out.
 
     Attributes:
+        most: How many attempts may run at once when it is not climbing.
         full: To be set when it has held a call back: if it did not, it need not grow.
         round_trip: To be set to how long the last success took.
     """
@@ -34,32 +35,27 @@ class Limit:
         self.round_trip = math.inf
         self._workers = workers
         self._adaptive = adaptive
-        self._most: float = min(workers, FIRST) if adaptive else workers
+        self.most: float = min(workers, FIRST) if adaptive else workers
         self._ramp = math.inf  # on the way up to it
         self._successes = 0  # since it was last changed
         self._step = 1.0
-        self._least = self._most / 2  # that it may come down to for now
+        self._least = self.most / 2  # that it may come down to for now
         self._least_since = 0.0
         self._refused = 0  # since then
 
     @property
     def at_once(self) -> int:
         """How many attempts may run at once."""
-        return max(1, int(min(self._most, self._ramp)))
-
-    @property
-    def most(self) -> float:
-        """The same when it is not climbing."""
-        return self._most
+        return max(1, int(min(self.most, self._ramp)))
 
     @property
     def slows(self) -> bool:
         """Whether it is, or may be, less than the stage's workers."""
-        return self._adaptive or self._ramp < self._most
+        return self._adaptive or self._ramp < self.most
 
     def begin_at_half(self) -> None:
         """Begins to climb anew."""
-        self._ramp = self._most / 2
+        self._ramp = self.most / 2
         self._successes = 0
 
     def succeeded(self) -> bool:
@@ -68,12 +64,12 @@ class Limit:
         if self._successes < self.at_once:
             return False
         self._successes = 0
-        if self._ramp < self._most:
+        if self._ramp < self.most:
             self._ramp *= 2
-        if self._ramp >= self._most:
+        if self._ramp >= self.most:
             self._ramp = math.inf
             if self._adaptive and self.full:
-                self._most = min(self._most + self._step, self._workers)
+                self.most = min(self.most + self._step, self._workers)
                 self._step *= 2
         self.full = False
         return True
@@ -83,10 +79,10 @@ class Limit:
         if not self._adaptive:
             return
         self._refused += 1
-        if now >= self._least_since + self.round_trip or self._refused > self._most:
-            self._least = self._most / 2
+        if now >= self._least_since + self.round_trip or self._refused > self.most:
+            self._least = self.most / 2
             self._least_since = now
             self._refused = 0
-        self._most = max(1.0, self._least, min(self._most - 1, running))
+        self.most = max(1.0, self._least, min(self.most - 1, running))
         self._step = 1.0
         self._successes = -self.at_once  # a limit-full is let by before the next attempt to grow

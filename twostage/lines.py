@@ -115,8 +115,9 @@ class Line:
             if error is not None:
                 if not isinstance(error, Exception):
                     raise error  # which ends the job, as it does if the function raises it
-                excused = self.pace.slot_failed(error, now, running)
-                running = None if is_throttled(error) else running
+                if is_throttled(error):
+                    excused = self.pace.throttled(error, now, running)
+                    running = None
             verdict = self.judge.judge(call, self._end(call, value, error, now, excused=excused), retry)
             if isinstance(verdict, Retry):
                 retry = verdict

@@ -26,6 +26,7 @@ class Outage:
     Attributes:
         since: Since when the API is down; `None` if it is up.
         lost: The calls that were not answered since the last success.
+        next_probe: When a call may look whether the API is still down; infinite while one does.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Outage:
         self._probe: Call | None = None
         self._probed: Call | None = None  # the last one that failed
         self._probes = 0
-        self._next_probe = math.inf
+        self.next_probe = math.inf
 
     def lose(self, call: Call, now: float, limit: float, *, suspected: bool) -> bool:
         """Hears of a call that was not answered; returns whether that makes the API count as down.
@@ -52,7 +53,7 @@ class Outage:
             limit = 0  # a rate lets so few begin that there may never be as many
         if len(self.lost) < max(limit, LEAST_LOST) and not suspected:
             return False
-        self.since = self._next_probe = now
+        self.since = self.next_probe = now
         self._probes = 0
         return True
 
@@ -62,29 +63,25 @@ class Outage:
         self._lost_since = math.inf
         self.since = self._probe = self._probed = None
 
-    def when_may_probe(self) -> float:
-        """Returns when a call may look whether the API is still down; infinite while one does."""
-        return self._next_probe
-
     def began_probe(self, call: Call) -> None:
         """Hears that `call` does."""
         self._probe = call
         self._probes += 1
-        self._next_probe = math.inf
+        self.next_probe = math.inf
 
     def took_back(self, call: Call) -> None:
         """Hears that a call did not begin."""
         if call is self._probe:
             self._probe = None
-            self._next_probe = -math.inf
+            self.next_probe = -math.inf
 
     def ended(self, call: Call, now: float) -> None:
         """Hears that an attempt of `call` has ended."""
         if call is self._probe:
             self._probe, self._probed = None, call
             wait = 2.0 ** min(self._probes - 1, DOUBLINGS)
-            self._next_probe = now + wait * random.uniform(0.5, 1)  # noqa: S311 - no secret
+            self.next_probe = now + wait * random.uniform(0.5, 1)  # noqa: S311 - no secret
 
     def put_off(self, call: Call, due: float) -> float:
         """Returns when a call that is due at `due` may wait in line: a probe not before the next one."""
-        return max(due, self._next_probe + PROBE_LEAD) if call is self._probed else due
+        return max(due, self.next_probe + PROBE_LEAD) if call is self._probed else due

@@ -11,7 +11,7 @@ from twostage.gates import Gate
 from twostage.limits import Limit
 from twostage.outages import Outage
 from twostage.throttling import LONGEST_PAUSE, Throttled, retry_after
-from twostage.transient import is_outage, is_throttled, is_timeout, is_transient
+from twostage.transient import Kind, is_timeout, kind_of
 
 if TYPE_CHECKING:
     from twostage.calls import Call
@@ -105,7 +105,7 @@ class Pace(Gate):
         down_since = self._outage.since
         if down_since is not None:
             if now < down_since + self._patience:
-                return max(self._resumes, min(self._outage.when_may_probe(), down_since + self._patience))
+                return max(self._resumes, min(self._outage.next_probe, down_since + self._patience))
             self._stop_waiting(now, down_since)
         if now < self._resumes:
             return self._resumes
@@ -149,36 +149,31 @@ class Pace(Gate):
             now: The time.
             running: How many attempts run still.
         """
-        if self._throttled(error, now, running):
-            return self._is_patient(now)
+        kind = kind_of(error)
+        if kind is Kind.THROTTLED:
+            return self.throttled(error, now, running)
         excused = False
-        if is_outage(error):
+        if kind is Kind.OUTAGE:
             if is_timeout(error) and not self.is_down:
                 self._limit.refused(min(running, AFTER_TIMEOUT * self._limit.most), now)
             excused = self._lose(call, now)
-        elif not is_transient(error):  # whoever says "not found" is up
+        elif kind is Kind.LASTING:  # whoever says "not found" is up
             self._answered(now)
         self._look()
         return excused
 
-    def slot_failed(self, error: Exception, now: float, running: int | None) -> bool:
-        """The same for one slot of an answer: somebody has answered, so nobody is down.
+    def throttled(self, error: Exception, now: float, running: int | None) -> bool:
+        """Hears that a call, or a slot of one, was told to slow down; returns whether it is excused.
 
         `running` is `None` for all but an answer's first such slot: it is one refusal.
         """
-        return self._throttled(error, now, running) and self._is_patient(now)
-
-    def _throttled(self, error: Exception, now: float, running: int | None) -> bool:
-        """Hears of a failure, of a call or one of its slots; returns whether the API said to slow down."""
-        if not is_throttled(error):
-            return False
         asked = min(retry_after(error) or 0.0, LONGEST_PAUSE)
         if asked and self._pauses:
             self._pause(now, now + asked, logging.INFO if isinstance(error, Throttled) else logging.WARNING)
         if running is not None and not isinstance(error, Throttled):
             self._limit.refused(running, now)
         self._look()
-        return True
+        return self.succeeded_at is not None and now - self.succeeded_at <= self._patience
 
     def _pause(self, now: float, until: float, level: int) -> None:
         longer = until - max(now, self._resumes)
@@ -229,9 +224,6 @@ class Pace(Gate):
         """Returns when a call that is due at `due` may wait in line."""
         return self._outage.put_off(call, due) if self.is_down else due
 
-    def _is_patient(self, now: float) -> bool:
-        return self.succeeded_at is not None and now - self.succeeded_at <= self._patience
-
     def _look(self) -> None:
         self.slows = self.is_down or self._limit.slows
-        self.watches = self.slows or bool(self._outage.lost) or self._given_up
+        self.watches = self.slows or bool(self._outage.lost)

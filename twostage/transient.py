@@ -14,7 +14,7 @@ from twostage.throttling import Throttled, retry_after
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["is_outage", "is_throttled", "is_timeout", "is_transient"]
+__all__ = ["Kind", "is_throttled", "is_timeout", "is_transient", "kind_of"]
 
 # Request timeout, too early, too many requests, server errors; 529 is "overloaded" at several APIs.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
@@ -96,7 +96,14 @@ LOST_IN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class Kind(enum.Enum):
-    """What a failure says of the API."""
+    """What a failure says of the API.
+
+    Attributes:
+        LASTING: The same call will not succeed a moment later.
+        PASSING: It may.
+        THROTTLED: The calls are too many, so that all of them had better slow down.
+        OUTAGE: The API seems to be down: not reached, late, or out of service without saying for how long.
+    """
 
     LASTING = enum.auto()
     PASSING = enum.auto()
@@ -128,17 +135,12 @@ def is_transient(error: BaseException) -> bool:
     >>> is_transient(ConnectionResetError()), is_transient(FileNotFoundError())
     (True, False)
     """
-    return _kind_of(error) is not Kind.LASTING
+    return kind_of(error) is not Kind.LASTING
 
 
 def is_throttled(error: BaseException) -> bool:
-    """Whether the API says that the calls are too many, so that all of them had better slow down."""
-    return _kind_of(error) is Kind.THROTTLED
-
-
-def is_outage(error: BaseException) -> bool:
-    """Whether the API seems to be down: not reached, late, or out of service without saying for how long."""
-    return _kind_of(error) is Kind.OUTAGE
+    """Whether the API says that the calls are too many."""
+    return kind_of(error) is Kind.THROTTLED
 
 
 def is_timeout(error: BaseException) -> bool:
@@ -147,7 +149,8 @@ def is_timeout(error: BaseException) -> bool:
     return late or any(status_of(asked) == GATEWAY_TIMEOUT for asked in causes(error))
 
 
-def _kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> Kind:
+    """Returns what a failure says of the API."""
     for asked in causes(error):
         code = code_of(asked)
         if isinstance(asked, Throttled) or code in THROTTLING_CODES:
