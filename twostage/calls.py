@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from twostage.retry import CallState
     from twostage.splits import Halves
 
-__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList", "told"]
+__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList", "members_of", "told"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
@@ -159,9 +159,14 @@ class ListedToken(Call):
 Member: TypeAlias = Outcome[Any, Any, Any] | ListedToken
 
 
+def members_of(call: Call) -> Sequence[Any]:
+    """Returns a batch's members; another call is its own."""
+    return call.members if isinstance(call, Batch) else (call,)
+
+
 def told(call: Call, members: Sequence[Member] | None = None) -> str:
     """Returns what messages call the items of a call, or of some of its members."""
     if members is None:
-        members = call.members if isinstance(call, Batch) else (cast("Member", call),)
+        members = members_of(call)
     first = members[0].outcome if isinstance(members[0], ListedToken) else members[0]
     return brief(first.item) if len(members) == 1 else f"{len(members)} items from {brief(first.item)}"

@@ -7,14 +7,22 @@ import operator
 import sys
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 
 from twostage.errors import brief
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Failures", "check_bool", "check_function", "failure_test", "positive_int", "positive_seconds"]
+__all__ = [
+    "Failures",
+    "check_bool",
+    "check_function",
+    "failure_test",
+    "is_number",
+    "positive_int",
+    "positive_seconds",
+]
 
 Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
 """Which exceptions are meant: their type, several types, or a function that says so of one."""
@@ -36,6 +44,11 @@ def positive_int(number: object, name: str) -> int:
     return value
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a real number; numpy's are, `True` is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def positive_seconds(seconds: object, name: str) -> float:
     """Returns `seconds` as a `float` above 0 and below infinity.
 
@@ -43,9 +56,9 @@ def positive_seconds(seconds: object, name: str) -> float:
         TypeError: It is no number.
         ValueError: It is not in this range.
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+    if not is_number(seconds):
         raise TypeError(f"{name} is {seconds!r}; expected a number of seconds")
-    if not 0 < cast("float", seconds) <= sys.float_info.max:
+    if not 0 < seconds <= sys.float_info.max:
         raise ValueError(f"{name} is {brief(seconds)}; expected a number of seconds above 0")
     return float(seconds)
 

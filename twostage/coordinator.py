@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from twostage.answers import token_list
-from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList, told
+from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList, members_of, told
 from twostage.errors import RunTimeout, add_note, without_our_frames
 from twostage.retry import Answer, Refresh, Retry
 from twostage.splits import halves
@@ -474,10 +474,7 @@ class Coordinator:
         if size >= line.batch_size:
             return
         line.batch_size = size
-        handed = [
-            *line.take_back(),
-            *line.due,
-        ]  # those in `due` were handed over too, if a gate took them back
+        handed = [*line.take_back(), *line.due]  # those that are due too, if a gate took them back
         line.due.clear()
         for call in reversed(handed):
             if call.attempts or cast("Batch", call).half_of is not None:
@@ -544,13 +541,13 @@ class Coordinator:
             if isinstance(call, ListedToken) and call.tokens.dropped:
                 continue
             line.due.append(call)
-            self.at_work += len(call.members) if isinstance(call, Batch) else 1
+            self.at_work += len(members_of(call))
 
     def _fail_refused(self) -> None:
         for line in self.lines:
             refused, line.refused = line.refused, []
             for call, error in refused:
-                self._fail(line, call, call.members if isinstance(call, Batch) else (call,), error)
+                self._fail(line, call, members_of(call), error)
                 if line.splits is not None:  # which learns nothing from it
                     line.splits.pieces.discard(cast("Batch", call))
                     line.splits.tainted = True
@@ -643,8 +640,7 @@ class Coordinator:
                 calls.append(Batch(list(self.returned)))
                 self.returned.clear()
             for call in calls:
-                members: Sequence[Any] = call.members if isinstance(call, Batch) else (call,)
-                if members:
+                if members := members_of(call):
                     self._fail(line, call, members, error)
             for batch, refusal in line.splits.take_waiting() if line.splits is not None else ():
                 self._fail(line, batch, batch.members, refusal)

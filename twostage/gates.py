@@ -7,10 +7,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from twostage.checks import check_function, positive_seconds
+from twostage.checks import check_function, is_number, positive_seconds
 from twostage.errors import AttemptTimeout, brief, without_our_frames
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Rate:
 
     def __post_init__(self) -> None:
         limit: object = self.limit
-        if isinstance(limit, bool) or not isinstance(limit, Real):
+        if not is_number(limit):
             raise TypeError(f"limit is {limit!r}; expected a number")
         positive_seconds(self.per, "per")
         for name in ("cost", "settle"):
@@ -90,7 +89,7 @@ class Rate:
             if function is not None:
                 check_function(function, name)
         least = 1 if self.cost is None else 0
-        if not (least <= self.limit <= sys.float_info.max and self.limit > 0):
+        if not (least <= limit <= sys.float_info.max and limit > 0):
             raise ValueError(
                 f"limit is {brief(limit)}; expected "
                 + ("a number above 0" if least == 0 else "at least 1: for slower rates raise per")
@@ -114,9 +113,9 @@ def rates_of(rate: object, name: str) -> tuple[Rate, ...]:
         return (rate,)
     if isinstance(rate, Sequence) and not isinstance(rate, str | bytes):
         return tuple(one for part in rate for one in rates_of(part, name))
-    if isinstance(rate, bool) or not isinstance(rate, Real):
+    if not is_number(rate):
         raise TypeError(f"{name} is {rate!r}; expected a number of starts a second, a Rate, or several")
-    if not 0 < cast("float", rate) <= sys.float_info.max:
+    if not 0 < rate <= sys.float_info.max:
         raise ValueError(f"{name} is {brief(rate)}; expected a number of starts a second above 0")
     number = float(rate)
     return (Rate(number, per=1) if number.is_integer() else Rate(1, per=1 / number),)
@@ -214,11 +213,7 @@ def _began(start: _Start, now: float) -> float:
 
 
 def _weight(cost: object, name: str) -> float:
-    if (
-        isinstance(cost, bool)
-        or not isinstance(cost, Real)
-        or not 0 <= cast("float", cost) <= sys.float_info.max
-    ):
+    if not is_number(cost) or not 0 <= cost <= sys.float_info.max:
         raise ValueError(f"{name} returned {brief(cost)}; expected a number of at least 0")
     return float(cost)
 

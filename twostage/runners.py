@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -308,9 +307,9 @@ class PoolRunner(Runner):
             self._grow(self.out)
 
     def next_overdue(self, now: float) -> float:
-        running = list((self._running or {}).copy().values())
         if not self.out:
             return math.inf
+        running = (self._running or {}).copy().values()
         return min([now, *(call.began for call in running)]) + (self._work.attempt_timeout or math.inf)
 
     def _overdue(self, now: float) -> list[tuple[object, Call]]:
@@ -379,16 +378,6 @@ class SourceRunner(Runner):
     def _read(self, call: Call, read: object, error: BaseException | None) -> None:
         self.out -= 1
         self._ended(call, read, error)
-
-    def take_back(self) -> list[Call]:
-        back: list[Call] = []
-        with suppress(Empty):
-            while True:
-                call = self._queue.get_nowait()
-                if call is not None:
-                    back.append(call)
-        self.out -= len(back)
-        return back
 
     def stop(self) -> None:
         self._stopped = True

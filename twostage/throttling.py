@@ -7,11 +7,11 @@ import sys
 import time
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
-from numbers import Real
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from tenacity.wait import wait_base, wait_random_exponential
 
+from twostage.checks import is_number
 from twostage.clients import causes, headers_of, status_of
 from twostage.errors import brief
 
@@ -158,9 +158,8 @@ def _seconds(value: object, name: str, expected: str) -> float:
     """Returns a number of seconds, a `timedelta`'s too if `expected` says so."""
     if isinstance(value, timedelta) and "timedelta" in expected:
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} is {brief(value)}; expected {expected}, of at least 0 s")
-    seconds = cast("float", value)
-    if not 0 <= seconds <= sys.float_info.max:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {brief(value)}; expected {expected}, finite and of at least 0 s")
-    return float(seconds)
+    return float(value)
