@@ -11,8 +11,9 @@ from twostage.checks import check_bool, check_function, failure_test, positive_i
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
 from twostage.errors import brief
+from twostage.failures import FailureLimit
 from twostage.gates import Gate, HungGate, RateGate, rates_of
-from twostage.handover import FailureLimit, HandOver
+from twostage.handover import HandOver
 from twostage.lines import Line
 from twostage.outcomes import Job, Source
 from twostage.pace import Pace
