@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import traceback
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -98,3 +99,23 @@ def source_of(items: Iterable[Any], closed: list[str], error: BaseException | No
             raise error
     finally:
         closed.append(threading.current_thread().name)
+
+
+class WeakItem:
+    """Can be referred to weakly."""
+
+
+class WeakItems:
+    """A source without an end that knows which of its items are kept."""
+
+    def __init__(self) -> None:
+        self.read: list[weakref.ref[WeakItem]] = []
+
+    def __iter__(self) -> Iterator[WeakItem]:
+        while True:
+            item = WeakItem()
+            self.read.append(weakref.ref(item))
+            yield item
+
+    def kept(self) -> list[WeakItem]:
+        return [item for one in self.read if (item := one()) is not None]

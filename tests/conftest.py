@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from twostage.coordinator import Coordinator
 from twostage.testing import VirtualTime
 
 if TYPE_CHECKING:
@@ -43,3 +44,16 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def virtual() -> Iterator[VirtualTime]:
     with VirtualTime() as time:
         yield time
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Is set when a coordinator has stopped both of its stages."""
+    event, end = threading.Event(), Coordinator._end
+
+    def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
+        end(coordinator, error)
+        event.set()
+
+    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
+    return event

@@ -16,6 +16,7 @@ from common import (
     PATIENCE,
     LeaveError,
     Run,
+    WeakItems,
     each_way,
     frames,
     iterate_in_order,
@@ -32,7 +33,6 @@ from tenacity import (
 )
 
 from twostage import Outcome, Stage, iter_two_stage, run_two_stage
-from twostage.coordinator import Coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,19 +49,6 @@ def taken_before(kind: type[Exception], outcomes: Iterator[Outcome[Any, Any, Any
     except kind:
         return results
     raise AssertionError("it was not raised")
-
-
-@pytest.fixture
-def ending(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Is set when a coordinator has stopped both of its stages."""
-    event, end = threading.Event(), Coordinator._end
-
-    def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
-        end(coordinator, error)
-        event.set()
-
-    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
-    return event
 
 
 class Middle:
@@ -650,25 +637,19 @@ def test_exception_is_no_reference_cycle(kind: type[BaseException], place: str, 
 
 
 def test_closed_job_keeps_neither_items_nor_outcomes(ending: threading.Event) -> None:
-    class Item:
-        """Can be referred to weakly."""
-
-    items: list[weakref.ref[Item]] = []
-
-    def source() -> Iterator[Item]:
-        while True:
-            item = Item()
-            items.append(weakref.ref(item))
-            yield item
-
+    source = WeakItems()
     calls = Middle(ending)
     numbers = itertools.count()
     outcomes = iter_two_stage(
-        source(), lambda batch: [next(numbers) for _ in batch], calls, batch_size=100, result_workers=WORKERS
+        iter(source),
+        lambda batch: [next(numbers) for _ in batch],
+        calls,
+        batch_size=100,
+        result_workers=WORKERS,
     )
     assert next(outcomes).result == 0
     calls.wait_until_busy()
     with nothing_collected():
         outcomes.close()
-        assert len(items) > 100
-        assert [one() for one in items if one() is not None] == []
+        assert len(source.read) > 100
+        assert source.kept() == []

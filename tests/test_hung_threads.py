@@ -49,7 +49,6 @@ from twostage import (
 )
 from twostage import runners as runners_module
 from twostage.completions import Completions
-from twostage.coordinator import Coordinator
 from twostage.runners import PoolRunner, Work
 
 if TYPE_CHECKING:
@@ -286,19 +285,6 @@ def test_after_patience_the_job_on_threads_ends_without_those_that_hang(clock: C
 
 
 # --- ends, on threads
-
-
-@pytest.fixture
-def ending(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Is set when a coordinator has stopped both of its stages."""
-    event, end = threading.Event(), Coordinator._end
-
-    def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
-        end(coordinator, error)
-        event.set()
-
-    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
-    return event
 
 
 @contextmanager

@@ -7,14 +7,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import weakref
 from decimal import Decimal
 from queue import SimpleQueue
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, PATIENCE, LeaveError, nothing_collected, ours, source_of, until
+from common import ALWAYS, PATIENCE, LeaveError, WeakItems, nothing_collected, ours, source_of, until
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, refusing, stage
 
 from twostage import RunTimeout, iter_two_stage, run_two_stage
@@ -445,23 +444,13 @@ def test_source_that_is_bound_to_its_thread_is_read_in_the_consumer_s_without_li
 
 
 def test_closed_job_keeps_nothing_of_what_it_read() -> None:
-    class Item:
-        """Can be referred to weakly."""
-
-    items: list[weakref.ref[Item]] = []
-
-    def source() -> Iterator[Item]:
-        while True:
-            item = Item()
-            items.append(weakref.ref(item))
-            yield item
-
-    outcomes = iter_two_stage(source(), each(id), str, batch_size=10, linger=1.0)
+    source = WeakItems()
+    outcomes = iter_two_stage(iter(source), each(id), str, batch_size=10, linger=1.0)
     next(outcomes)
     with nothing_collected():
         outcomes.close()
         until(lambda: not ours())
-        assert [one() for one in items if one() is not None] == []
+        assert source.kept() == []
 
 
 def test_retries_are_made_while_the_source_blocks() -> None:

@@ -389,17 +389,23 @@ def test_halves_of_a_refused_batch_count(virtual: VirtualTime) -> None:
     assert begins(fetch) == [0, 0, 10, 10, 20, 20, 30, 30]
 
 
-def test_second_token_counts(virtual: VirtualTime) -> None:
+def expired_at_first() -> Callable[[int], int]:
+    """Returns a function of stage two to which each token is no good at the first time."""
+    asked: Counter[int] = Counter()
+
     def fetch_result(token: int) -> int:
         asked[token] += 1
         if asked[token] == 1:
             raise ExpiredError
         return token
 
-    asked: Counter[int] = Counter()
+    return fetch_result
+
+
+def test_second_token_counts(virtual: VirtualTime) -> None:
     fetch_token, rate = Fake(same, virtual=virtual), Rate(2, per=10)
     results = run_two_stage(
-        range(6), Stage(fetch_token, rate=rate), fetch_result, refresh_token_on=ExpiredError
+        range(6), Stage(fetch_token, rate=rate), expired_at_first(), refresh_token_on=ExpiredError
     )
     assert results == [0, 1, 2, 3, 4, 5]
     assert begins(fetch_token) == [0, 0, 10, 10, 20, 20, 30, 30, 40, 40, 50, 50]
@@ -629,15 +635,10 @@ def test_rate_keeps_no_answer() -> None:
 
 @in_virtual_time
 def test_item_that_comes_back_for_a_token_waits_for_the_rate() -> None:
-    def fetch_result(token: int) -> int:
-        asked[token] += 1
-        if asked[token] == 1:
-            raise ExpiredError
-        return token
-
-    asked: Counter[int] = Counter()
-    fetch_token = Stage(same, rate=Rate(3, per=10))
-    assert run_two_stage(range(3), fetch_token, fetch_result, refresh_token_on=ExpiredError) == [0, 1, 2]
+    results = run_two_stage(
+        range(3), Stage(same, rate=Rate(3, per=10)), expired_at_first(), refresh_token_on=ExpiredError
+    )
+    assert results == [0, 1, 2]
 
 
 @in_virtual_time
