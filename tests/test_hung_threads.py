@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from functools import partial
 from subprocess import PIPE, Popen
 from textwrap import dedent
@@ -46,10 +47,11 @@ from twostage import (
     Outcome,
     Stage,
     iter_two_stage,
+    pools,
 )
-from twostage import runners as runners_module
 from twostage.completions import Completions
-from twostage.runners import PoolRunner, Work
+from twostage.pools import PoolRunner
+from twostage.runners import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -463,7 +465,7 @@ class Alone:
         self.now = 1000.0
         self.ends: list[tuple[Call, object, BaseException | None]] = []
         self._completions = Completions()
-        work = Work("stage two", fetch, self._same, self._end, workers, None, attempt_timeout)
+        work = Work("stage two", fetch, self._same, self._end, workers, copy_context(), None, attempt_timeout)
         self.runner = PoolRunner(work, self._completions, lambda: self.now)
 
     def _same(self, call: Call) -> Call:
@@ -556,7 +558,7 @@ def test_thread_that_the_pool_takes_for_idle_holds_nothing_back(
                 self._idle_semaphore.release()
             return future
 
-    monkeypatch.setattr(runners_module, "ThreadPoolExecutor", Mistaken)
+    monkeypatch.setattr(pools, "ThreadPoolExecutor", Mistaken)
     fetch = Hanging((1, 1), (1, 2), (1, 3))
     settings = stage(fetch, attempt_timeout=30, workers=5, retry=AT_ONCE)
     with released(fetch), iter_two_stage(range(2), each(int), settings, batch_size=2) as outcomes:

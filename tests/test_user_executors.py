@@ -429,7 +429,7 @@ def ends_by(
     assert raised_so_far == [3]
 
 
-def test_failure_on_a_thread_pool_is_no_reference_cycle_and_has_one_frame_of_ours() -> None:
+def test_failure_on_a_thread_pool_is_no_reference_cycle_and_has_two_frames_of_ours() -> None:
     class KeptError(Exception):
         """Can be referred to weakly."""
 
@@ -442,7 +442,7 @@ def test_failure_on_a_thread_pool_is_no_reference_cycle_and_has_one_frame_of_our
                 run_two_stage([1], int, Stage(fetch, executor=pool))
         except KeptError as error:
             names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-            assert names == ["fail", "run_two_stage", "run", "fetch"]
+            assert names == ["fail", "run_two_stage", "run", "__call__", "fetch"]
             return weakref.ref(error)
         raise AssertionError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar, copy_context
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -25,6 +26,8 @@ from twostage.twins import Twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
+    from concurrent.futures import Executor
+    from contextvars import Context
 
     from twostage.calls import Batch
     from twostage.checks import Failures
@@ -226,11 +229,9 @@ def build(
         linger=linger,
     )
     driver = world.get()()
+    results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
     token_line.runner = driver.runner(_work(first, token_argument, coordinator.batch_ended))
-    in_batches = second.batch_size is not None
-    result_line.runner = driver.runner(
-        _work(second, result_argument, coordinator.results_ended if in_batches else coordinator.result_ended)
-    )
+    result_line.runner = driver.runner(_work(second, result_argument, results_ended))
     # An iterator was given to be used up here; a list, or what else makes iterators, was not.
     close_source = getattr(items, "close", None) if source is items else None
     reading = Source(source, close_source, key)
@@ -296,11 +297,30 @@ def _work(settings: _Settings, argument: Callable[[Any], Any], ended: Handler) -
         argument,
         ended,
         settings.workers,
+        _variables(settings),
         stage.executor,
         stage.attempt_timeout,
         rated=bool(rates_of(stage.rate, "rate")),
     )
 
+
+def _variables(settings: _Settings) -> Context:
+    """Returns the context variables of a stage's attempts: the caller's, and where they run."""
+    executor = settings.stage.executor
+    variables = copy_context()
+    if executor is None:
+        return variables
+    if any(executor is one for one in _running_on.get()):
+        raise RuntimeError(
+            f"the executor of {settings.name}'s Stage runs the attempt that starts this job, which could "
+            "then wait for itself for ever; expected another executor"
+        )
+    variables.run(_running_on.set, (*_running_on.get(), executor))
+    return variables
+
+
+_running_on: ContextVar[tuple[Executor, ...]] = ContextVar("running_on", default=())
+"""The executors that the current attempt holds a worker of, and those of the jobs around it."""
 
 _token = attrgetter("token")
 

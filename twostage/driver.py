@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 from twostage.completions import Completions
 from twostage.coordinator import Message
-from twostage.runners import ExecutorRunner, PoolRunner, SourceRunner
+from twostage.pools import PoolRunner
+from twostage.runners import ExecutorRunner, SourceRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,8 +69,8 @@ class ThreadDriver:
     def start(self, coordinator: Coordinator) -> None:
         # A daemon, or a script that has left its iterator somewhere would never end.
         self._thread = threading.Thread(
-            target=_drive,
-            args=(coordinator, self._completions, self._messages.put),
+            target=copy_context().run,  # predicates and callbacks of the user's run there
+            args=(_drive, coordinator, self._completions, self._messages.put),
             name="twostage-coordinator",
             daemon=True,
         )

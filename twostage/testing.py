@@ -22,6 +22,7 @@ import random
 import threading
 import time
 from collections import deque
+from contextvars import copy_context
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 
@@ -249,15 +250,13 @@ class VirtualTime:
         self._drivers = [driver for driver in self._drivers if not driver.ended]
         return True
 
-    def _attempt(
-        self, runner: _VirtualRunner, call: Call, fetch: Callable[[Any], Any], argument: object
-    ) -> None:
+    def _attempt(self, runner: _VirtualRunner, call: Call, work: Work) -> None:
         """Makes an attempt, whose end will be heard of when it has taken its time."""
         call.began = self._now
         self._elapsed = 0.0
         answer = failure = None
         try:
-            answer = fetch(argument)
+            answer = work.variables.copy().run(work.fetch, work.argument(call))
         except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
             failure = without_our_frames(error)
         end, self._elapsed = self._now + self._elapsed, None
@@ -361,7 +360,7 @@ class _VirtualRunner(Runner):
             call = (self._first or self._queue).popleft()
             self.idle -= 1
             self._virtual._record("begin", _name(self._work.stage, call))  # noqa: SLF001 - one simulation in two classes
-            self._virtual._attempt(self, call, self._work.fetch, self._work.argument(call))  # noqa: SLF001
+            self._virtual._attempt(self, call, self._work)  # noqa: SLF001
 
     def end(self, attempt: int, call: Call, answer: object, error: BaseException | None) -> None:
         if self.running.pop(attempt, None) is None:
@@ -411,7 +410,9 @@ class _VirtualReader(_VirtualRunner):
     """Reads a source while the job goes on: what it sleeps is the time that an item takes to come."""
 
     def __init__(self, driver: _VirtualDriver, virtual: VirtualTime, source: Source, ended: Handler) -> None:
-        super().__init__(driver, virtual, Work(SOURCE, source.read_one, lambda _: None, ended, 1, None))
+        super().__init__(
+            driver, virtual, Work(SOURCE, source.read_one, lambda _: None, ended, 1, copy_context())
+        )
         self._source = source
 
     def join(self) -> None:
