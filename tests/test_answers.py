@@ -5,11 +5,10 @@ from __future__ import annotations
 import array
 import asyncio
 import copy
-import functools
 import gc
 import pickle
 from collections import UserList, deque
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import fakes
@@ -294,11 +293,6 @@ async def coroutine_function(argument: object) -> object:
     return argument
 
 
-@functools.wraps(coroutine_function)
-def wrapped(argument: object) -> Awaitable[object]:
-    return coroutine_function(argument)
-
-
 class Waiting:
     """Awaitable, and no coroutine."""
 
@@ -319,11 +313,10 @@ awaiting = pytest.mark.parametrize(
     ("function", "kind"),
     [
         (lambda argument: coroutine_function(argument), "coroutine"),  # noqa: PLW0108 - no coroutine function
-        (wrapped, "coroutine"),
         (lambda _: Waiting(), "Waiting"),
         (future, "Future"),
     ],
-    ids=["lambda", "wraps", "awaitable", "future"],
+    ids=["lambda", "awaitable", "future"],
 )
 
 

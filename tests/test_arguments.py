@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import inspect
 import pydoc
 import re
@@ -12,8 +14,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import pytest
+from common import run
 
 from twostage import Stage, iter_two_stage, run_two_stage
 
@@ -215,30 +219,65 @@ def test_what_can_not_be_called_is_a_type_error(function: Any) -> None:  # noqa:
         Stage(function)
 
 
+def wrapping(argument: object) -> object:
+    return coroutine_function(argument)
+
+
+wraps = functools.wraps(coroutine_function)(wrapping)
+
 coroutine_functions = {
     "function": coroutine_function,
     "partial": partial(coroutine_function),
-    "partial of partial": partial(partial(coroutine_function), 1),
+    "partial of partial": partial(partial(coroutine_function)),
     "method": Awaitably().method,
     "class method": Awaitably.class_method,
     "callable": Awaitably(),
     "partial of callable": partial(Awaitably()),
     "partial as __call__": CalledByPartial(),
-    "generator": generator_function,
-    "partial of generator": partial(generator_function),
+    "mock": AsyncMock(side_effect=lambda argument: argument),
 }
 
 
+@pytest.mark.parametrize(
+    "function",
+    [*coroutine_functions.values(), wraps, partial(wraps)],
+    ids=[*coroutine_functions, "wraps", "its partial"],
+)
+def test_coroutine_function_is_known(function: Callable[[object], object]) -> None:
+    assert Stage(function).awaits
+    assert run("ab", function, function) == ["a", "b"]
+    assert run("ab", list, function, batch_size=2) == ["a", "b"]
+
+
 @pytest.mark.parametrize("function", coroutine_functions.values(), ids=coroutine_functions)
-def test_coroutine_function_is_a_type_error(function: Callable[..., object]) -> None:
+def test_coroutine_function_that_nobody_awaits_is_a_type_error(function: Callable[..., Any]) -> None:
     inner: object = function
     while isinstance(inner, partial):  # whose arguments may be secrets
         inner = inner.func
+    refused(TypeError, f"key is a coroutine function ({inner!r}); expected a plain function", key=function)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(TypeError, match=r"expected an AsyncExecutor, or none$"),
+    ):
+        Stage(function, executor=pool)
+
+
+def test_function_that_wraps_a_coroutine_function_and_runs_it_itself_takes_an_executor_of_threads() -> None:
+    @functools.wraps(coroutine_function)
+    def runs_it(argument: str) -> object:
+        return asyncio.run(coroutine_function(argument))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert run_two_stage("ab", Stage(runs_it, executor=pool), str) == ["a", "b"]
+
+
+@pytest.mark.parametrize("function", [generator_function, partial(generator_function)])
+def test_async_generator_function_is_a_type_error(function: Callable[..., object]) -> None:
     for name in FUNCTIONS:
-        message = f"{name} is a coroutine function ({inner!r}); expected a plain function"
+        message = f"{name} is an async generator function ({generator_function!r}); expected a function, or a"
         refused(TypeError, message, **{name: function})
         refused(TypeError, message, **{name: function}, batch_size=10)
-    with pytest.raises(TypeError, match=r"^fetch is a coroutine function .*; expected a plain function"):
+    with pytest.raises(TypeError, match=r"^fetch is an async generator function"):
         Stage(function)
 
 
@@ -446,7 +485,7 @@ def test_help_says_what_the_defaults_mean() -> None:
 def test_stage_s_repr_says_what_the_defaults_mean_and_no_argument_of_a_partial() -> None:
     assert repr(Stage(partial(int, base=16))) == (
         "Stage(batch_size=<default: one item a call>, "
-        "workers=<default: 4 for stage one, 32 for stage two>, executor=None, "
+        "workers=<default: 4 for stage one, 32 for stage two, 100 for coroutine functions>, executor=None, "
         "retry=<default: 10 attempts if the failure is transient>, "
         "many=<default: False>, bisect=True, retry_missing=False, rate=None, adaptive=False, pause=True, "
         "patience=300.0, attempt_timeout=None)"

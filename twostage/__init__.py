@@ -4,6 +4,7 @@ The names below are the public ones, and those of `twostage.testing`, with which
 other modules are the library's own business.
 """
 
+from twostage.async_executor import AsyncExecutor
 from twostage.calls import Outcome
 from twostage.errors import AttemptTimeout, BatchLengthError, MissingToken, RunTimeout, TooManyFailures
 from twostage.gates import Rate
@@ -14,6 +15,7 @@ from twostage.throttling import Throttled, wait_retry_after
 from twostage.transient import is_transient
 
 __all__ = [
+    "AsyncExecutor",
     "AttemptTimeout",
     "BatchLengthError",
     "MissingToken",

@@ -124,7 +124,8 @@ def _refuse_awaitable(answer: object, function: str) -> None:
     if isinstance(answer, Coroutine):
         answer.close()  # or Python warns that it was never awaited
     raise TypeError(
-        f"{function} returned a {type(answer).__name__}, which has to be awaited; expected a plain function"
+        f"{function} returned a {type(answer).__name__}, which has to be awaited; expected a plain "
+        "function, or one that is known by its `async def`, or a Stage with an AsyncExecutor"
     )
 
 

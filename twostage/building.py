@@ -8,7 +8,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from twostage.answers import Check, batch_check, checked_result, checked_token
-from twostage.checks import check_bool, check_function, failure_test, positive_int, positive_seconds
+from twostage.checks import (
+    check_bool,
+    check_fetch,
+    check_function,
+    failure_test,
+    positive_int,
+    positive_seconds,
+)
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import world
 from twostage.errors import brief
@@ -33,12 +40,15 @@ if TYPE_CHECKING:
     from twostage.checks import Failures
     from twostage.completions import Handler
 
-__all__ = ["RESULT_WORKERS", "TOKEN_WORKERS", "ItemsOptions", "RunOptions", "build", "settled"]
+__all__ = ["RESULT_WORKERS", "TOKEN_WORKERS", "ItemsOptions", "RunOptions", "Settings", "build", "settled"]
 
 ValueT = TypeVar("ValueT")
 
 TOKEN_WORKERS = 4
 RESULT_WORKERS = 32
+COROUTINES = 100
+"""How many attempts of a coroutine function run at once."""
+
 LEAST_WINDOW = 10_000
 
 
@@ -61,7 +71,7 @@ class RunOptions(NamedTuple):
     linger: float | None = None
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """One stage with nothing left to a default."""
 
     name: str
@@ -81,7 +91,7 @@ def settled(
     retry: RetryPolicy | Default,
     *,
     many: bool | Default,
-) -> tuple[_Settings, _Settings]:
+) -> tuple[Settings, Settings]:
     """Checks what is said of the stages, in them and beside them, and fills the defaults in."""
     if not isinstance(batch_size, Default | None):
         batch_size = positive_int(batch_size, "batch_size")
@@ -107,7 +117,7 @@ def settled(
             _said(
                 ("token_workers", token_workers),
                 ("workers of fetch_token's Stage", first.workers),
-                default=TOKEN_WORKERS,
+                default=COROUTINES if first.awaits else TOKEN_WORKERS,
             ),
             policy,
             many=_said(("many", many), ("many of fetch_token's Stage", first.many), default=False),
@@ -119,7 +129,7 @@ def settled(
             _said(
                 ("result_workers", result_workers),
                 ("workers of fetch_result's Stage", second.workers),
-                default=RESULT_WORKERS,
+                default=COROUTINES if second.awaits else RESULT_WORKERS,
             ),
             policy,
             many=False,
@@ -130,7 +140,7 @@ def settled(
 def _stage(fetch: Callable[[Any], Any] | Stage[Any, Any], name: str) -> Stage[Any, Any]:
     if isinstance(fetch, Stage):
         return fetch
-    check_function(fetch, name)
+    check_fetch(fetch, name)
     return Stage(fetch)
 
 
@@ -142,12 +152,12 @@ def _settings(
     policy: RetryPolicy,
     *,
     many: bool,
-) -> _Settings:
+) -> Settings:
     if stage.retry_missing and batch_size is None:
         raise TypeError(
             f"{name}'s Stage has retry_missing=True, but no batch_size: one item is never left out"
         )
-    return _Settings(
+    return Settings(
         name, stage, batch_size, workers, policy if isinstance(stage.retry, Default) else stage.retry, many
     )
 
@@ -164,8 +174,8 @@ def _said(*said: tuple[str, ValueT | Default], default: ValueT) -> ValueT:
 
 def build(
     items: Iterable[Any],
-    first: _Settings,
-    second: _Settings,
+    first: Settings,
+    second: Settings,
     items_options: ItemsOptions,
     run_options: RunOptions,
     results: list[Any] | None = None,
@@ -220,7 +230,9 @@ def build(
             many=first.many,
         ),
         return_exceptions=run_options.return_exceptions,
-        tokens_first=first.stage.executor is not None and first.stage.executor is second.stage.executor,
+        tokens_first=first.stage.executor is not None
+        and first.stage.executor is second.stage.executor
+        and not first.stage.awaits,
         many=first.many,
         twins=twins,
         max_refreshes=max_refreshes,
@@ -230,8 +242,12 @@ def build(
     )
     driver = world.get()()
     results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
-    token_line.runner = driver.runner(_work(first, token_argument, coordinator.batch_ended))
-    result_line.runner = driver.runner(_work(second, result_argument, results_ended))
+    token_line.runner = driver.runner(
+        _work(first, token_argument, coordinator.batch_ended, _executor(first.stage, second.stage))
+    )
+    result_line.runner = driver.runner(
+        _work(second, result_argument, results_ended, _executor(second.stage, first.stage))
+    )
     # An iterator was given to be used up here; a list, or what else makes iterators, was not.
     close_source = getattr(items, "close", None) if source is items else None
     reading = Source(source, close_source, key)
@@ -256,7 +272,7 @@ def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:
 
 
 def _line(
-    settings: _Settings,
+    settings: Settings,
     argument: Callable[[Any], Any],
     *,
     ahead: bool,
@@ -276,7 +292,7 @@ def _line(
         gates.append(HungGate(title, workers, stage.patience))
     return Line(
         title,
-        math.inf if ahead and stage.executor is None and not gates else workers,
+        math.inf if ahead and (stage.executor is None or stage.awaits) and not gates else workers,
         check,
         Judge(retry, retry_missing=stage.retry_missing, refresh_on=refreshes),
         Pace(title, workers, pause=stage.pause, patience=stage.patience, adaptive=stage.adaptive),
@@ -288,7 +304,15 @@ def _line(
     )
 
 
-def _work(settings: _Settings, argument: Callable[[Any], Any], ended: Handler) -> Work:
+def _executor(stage: Stage[Any, Any], other: Stage[Any, Any]) -> Executor | None:
+    """Returns where a stage's attempts run: coroutines on the other one's loop, as clients belong to one."""
+    shared = stage.executor is None and stage.awaits and other.awaits
+    return other.executor if shared else stage.executor
+
+
+def _work(
+    settings: Settings, argument: Callable[[Any], Any], ended: Handler, executor: Executor | None
+) -> Work:
     stage = settings.stage
     title = "stage one" if settings.name == "fetch_token" else "stage two"
     return Work(
@@ -297,22 +321,23 @@ def _work(settings: _Settings, argument: Callable[[Any], Any], ended: Handler) -
         argument,
         ended,
         settings.workers,
-        _variables(settings),
-        stage.executor,
+        _variables(settings.name, executor),
+        executor,
         stage.attempt_timeout,
         rated=bool(rates_of(stage.rate, "rate")),
+        awaits=stage.awaits,
+        context=stage.context,
     )
 
 
-def _variables(settings: _Settings) -> Context:
+def _variables(name: str, executor: Executor | None) -> Context:
     """Returns the context variables of a stage's attempts: the caller's, and where they run."""
-    executor = settings.stage.executor
     variables = copy_context()
     if executor is None:
         return variables
     if any(executor is one for one in _running_on.get()):
         raise RuntimeError(
-            f"the executor of {settings.name}'s Stage runs the attempt that starts this job, which could "
+            f"the executor of {name}'s Stage runs the attempt that starts this job, which could "
             "then wait for itself for ever; expected another executor"
         )
     variables.run(_running_on.set, (*_running_on.get(), executor))

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 from twostage.errors import brief
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "Failures",
     "check_bool",
+    "check_fetch",
     "check_function",
     "failure_test",
+    "is_coroutine_function",
     "is_number",
     "positive_int",
     "positive_seconds",
@@ -97,13 +99,54 @@ def check_function(function: object, name: str) -> None:
     Raises:
         TypeError: It can't be called, or is a coroutine function.
     """
+    check_fetch(function, name)
+    if is_coroutine_function(function, wrapped=False):
+        raise TypeError(f"{name} is a coroutine function ({_named(function)}); expected a plain function")
+
+
+def check_fetch(function: object, name: str) -> None:
+    """Checks that `function` is a callable or a coroutine function.
+
+    Raises:
+        TypeError: It can't be called, or is an async generator function.
+    """
     if not callable(function):
         raise TypeError(f"{name} is {function!r}; expected a function")
-    inner: object = function
-    while isinstance(inner, partial):
-        inner = inner.func
-    for candidate in (inner, getattr(type(inner), "__call__", None)):  # noqa: B004 - not "is it callable?"
-        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
-            raise TypeError(
-                f"{name} is a coroutine function ({inner!r}); expected a plain function, called in threads"
-            )
+    if any(map(inspect.isasyncgenfunction, _behind(function, wrapped=False))):
+        raise TypeError(
+            f"{name} is an async generator function ({_named(function)}); "
+            "expected a function, or a coroutine function"
+        )
+
+
+def is_coroutine_function(function: object, *, wrapped: bool = True) -> bool:
+    """Whether what a function returns is to be awaited, as far as that can be seen.
+
+    Args:
+        function: It may be a partial, a bound method, or an object with an async `__call__`.
+        wrapped: Whether one that `functools.wraps` a coroutine function counts as well.
+    """
+    return any(
+        inspect.iscoroutinefunction(one)
+        # An `AsyncMock` has this alone.
+        or getattr(getattr(one, "__code__", None), "co_flags", 0) & inspect.CO_COROUTINE
+        for one in _behind(function, wrapped=wrapped)
+    )
+
+
+def _named(function: object) -> str:
+    """Returns a function's repr, without the arguments of a partial: those may be secrets."""
+    return repr(next(one for one in _behind(function, wrapped=False) if not isinstance(one, partial)))
+
+
+def _behind(function: object, *, wrapped: bool) -> Iterator[object]:
+    """Gives a function and what stands behind it."""
+    for _ in range(100):  # whatever its attributes are, it comes to an end
+        yield function
+        if isinstance(function, partial):
+            function = function.func
+        elif wrapped and hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            break
+    yield getattr(type(function), "__call__", None)  # noqa: B004 - not "is it callable?"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from contextvars import ContextVar, copy_context
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
+from twostage.async_executor import AsyncExecutor
 from twostage.completions import Completions
 from twostage.coordinator import Message
 from twostage.pools import PoolRunner
 from twostage.runners import ExecutorRunner, SourceRunner
+from twostage.tasks import TaskRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from twostage.completions import Event, Handler
     from twostage.coordinator import Coordinator
@@ -56,9 +59,20 @@ class ThreadDriver:
         self._completions = Completions()
         self._messages: SimpleQueue[Message] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._runners: list[Runner] = []
+        self._loop: AsyncExecutor | None = None  # of our own, if a stage needs one
         self.send = self._completions.put
 
     def runner(self, work: Work) -> Runner:
+        self._runners.append(self._runner(work))
+        return self._runners[-1]
+
+    def _runner(self, work: Work) -> Runner:
+        if isinstance(work.executor, AsyncExecutor):
+            return TaskRunner(work, work.executor.submit, self._completions, time.monotonic)
+        if work.awaits:  # one loop for both stages, as clients belong to one
+            self._loop = self._loop or AsyncExecutor()
+            return TaskRunner(work, self._loop.submit, self._completions, time.monotonic)
         if work.executor is None:
             return PoolRunner(work, self._completions, time.monotonic)
         return ExecutorRunner(work, work.executor, self._completions, time.monotonic)
@@ -70,7 +84,13 @@ class ThreadDriver:
         # A daemon, or a script that has left its iterator somewhere would never end.
         self._thread = threading.Thread(
             target=copy_context().run,  # predicates and callbacks of the user's run there
-            args=(_drive, coordinator, self._completions, self._messages.put),
+            args=(
+                _drive,
+                coordinator,
+                self._completions,
+                partial(_join, self._runners, self._loop),
+                self._messages.put,
+            ),
             name="twostage-coordinator",
             daemon=True,
         )
@@ -95,7 +115,12 @@ class ThreadDriver:
             self._thread.join(LONGEST_GET)
 
 
-def _drive(coordinator: Coordinator, completions: Completions, tell: Callable[[Message], None]) -> None:
+def _drive(
+    coordinator: Coordinator,
+    completions: Completions,
+    join: Callable[[], None],
+    tell: Callable[[Message], None],
+) -> None:
     """Runs a coordinator to its end. A function: the thread holds nothing that a user may drop."""
     clock = time.monotonic
     message = coordinator.handle((), clock())
@@ -106,9 +131,16 @@ def _drive(coordinator: Coordinator, completions: Completions, tell: Callable[[M
         events = completions.take(None if due is None else due - clock())
         message = coordinator.handle(events, clock())
         del events  # nor an exception, while it waits
-    for line in (coordinator.token_line, coordinator.result_line):
-        line.runner.join()
+    join()
     tell(message)
+
+
+def _join(runners: Sequence[Runner], loop: AsyncExecutor | None) -> None:
+    """Waits until no thread of ours is left, but for those of attempts that were given up."""
+    for runner in runners:
+        runner.join()
+    if loop is not None:
+        loop.shutdown(wait=not any(runner.given_up for runner in runners))
 
 
 world: ContextVar[Callable[[], Driver]] = ContextVar("world", default=ThreadDriver)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
 from twostage.building import RESULT_WORKERS, TOKEN_WORKERS, ItemsOptions, RunOptions, build, settled
-from twostage.errors import TooManyFailures
+from twostage.errors import TooManyFailures, warn
 from twostage.handover import value_of
 from twostage.outcomes import Outcomes
 from twostage.stage import (
@@ -21,6 +22,7 @@ from twostage.stage import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable
 
+    from twostage.building import Settings
     from twostage.checks import Failures
     from twostage.retry import RetryPolicy
 
@@ -255,6 +257,7 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     [65, 66, 67]
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
+    _warn_of_loop(stages, "arun_two_stage")
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
     results: list[Any] = []
     run_options = RunOptions(return_exceptions, timeout, max_failures)
@@ -466,6 +469,20 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     1 b B 66
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
+    _warn_of_loop(stages, "aiter_two_stage")
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
     run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
     return Outcomes(build(items, *stages, options, run_options))
+
+
+def _warn_of_loop(stages: Iterable[Settings], name: str) -> None:
+    """Warns if the caller's event loop stands still while coroutines are awaited on another one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    if any(one.stage.awaits for one in stages):
+        warn(
+            "coroutine functions are run on another event loop, and the one that runs here waits for them "
+            f"meanwhile: what belongs to it, such as a client, can't be used. Use {name}"
+        )

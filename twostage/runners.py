@@ -18,6 +18,7 @@ from twostage.errors import AttemptTimeout, without_our_frames
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Executor, Future
+    from contextlib import AbstractAsyncContextManager
     from contextvars import Context
 
     from twostage.calls import Call
@@ -47,6 +48,8 @@ class Work(NamedTuple):
         executor: Where they run; `None` for a pool of our own.
         attempt_timeout: Seconds after which an attempt is given up; `None` for never.
         rated: Whether it matters when exactly an attempt begins.
+        awaits: Whether `fetch` is a coroutine function.
+        context: Makes the async context manager whose value `fetch` is given as well, if there is one.
     """
 
     stage: str
@@ -58,6 +61,8 @@ class Work(NamedTuple):
     executor: Executor | None = None
     attempt_timeout: float | None = None
     rated: bool = False
+    awaits: bool = False
+    context: Callable[[], AbstractAsyncContextManager[Any]] | None = None
 
 
 class Runner:

@@ -17,7 +17,19 @@ from typing import (
     overload,
 )
 
-from twostage.checks import Failures, check_bool, check_function, failure_test, positive_int, positive_seconds
+from tenacity import BaseRetrying
+
+from twostage.async_executor import AsyncExecutor
+from twostage.checks import (
+    Failures,
+    check_bool,
+    check_fetch,
+    check_function,
+    failure_test,
+    is_coroutine_function,
+    positive_int,
+    positive_seconds,
+)
 from twostage.errors import warn
 from twostage.gates import Rates, rates_of
 from twostage.pace import PATIENCE
@@ -26,6 +38,7 @@ from twostage.retry import RetryPolicy, check_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from concurrent.futures import Executor
+    from contextlib import AbstractAsyncContextManager
 
 __all__ = ["Answers", "Default", "Many", "Stage"]
 
@@ -72,7 +85,7 @@ class Default:
 
 ONE_ITEM_A_CALL = Default("one item a call")
 ONE_TOKEN_AN_ITEM = Default("False")
-WORKERS = Default("4 for stage one, 32 for stage two")
+WORKERS = Default("4 for stage one, 32 for stage two, 100 for coroutine functions")
 DEFAULT_RETRY = Default("10 attempts if the failure is transient")
 
 
@@ -85,16 +98,20 @@ class Stage(Generic[InT_contra, OutT_co]):
     runs cannot be stopped from outside.
 
     Args:
-        fetch: The function. Stage one's takes an item and returns its token, or with `batch_size` a
-            `list` of items and returns as many tokens in their order, or a mapping from items to tokens.
-            Stage two's takes a token and returns the result, or with `batch_size` a `list` of tokens. An
-            exception in a batch's token's place is the failure of that item alone. It is called from
-            several threads at once.
+        fetch: The function, plain or a coroutine function. Stage one's takes an item and returns its token,
+            or with `batch_size` a `list` of items and returns as many tokens in their order, or a mapping
+            from items to tokens. Stage two's takes a token and returns the result, or with `batch_size` a
+            `list` of tokens. An exception in a batch's token's place is the failure of that item alone. A
+            plain function is called from several threads at once. A coroutine function is awaited on the
+            job's event loop, in one thread; so is one that wraps it (`functools.wraps`): give that an
+            `executor` if it runs the coroutine by itself.
         batch_size: How many items one call takes at most; at stage two how many of the tokens that wait
             when a worker is free. Default: the function takes one item, not a list.
-        workers: How many attempts run at once. Default: 4 for stage one, 32 for stage two.
+        workers: How many attempts run at once. Default: 4 for stage one, 32 for stage two, 100 for coroutine
+            functions.
         executor: Where attempts run, any `concurrent.futures.Executor`; it is never shut down, and
-            `workers` is how much of it is used. Default: a pool of threads of the job's own.
+            `workers` is how much of it is used. Coroutine functions take an `AsyncExecutor`. Default: a pool
+            of threads of the job's own, or an event loop of the job's own, the same for both stages.
         retry: A tenacity `Retrying`, which is taken as it is; a number of attempts for the default
             policy; or `None` for calls that must not be repeated. Default: 10 attempts with growing,
             random waits (up to 20 s, or what the API's answer asks for, see `wait_retry_after`), for
@@ -116,8 +133,11 @@ class Stage(Generic[InT_contra, OutT_co]):
             says that calls are too many, before `retry` alone decides; and for how many hung attempts may
             hold all workers, before the job ends. `None`: for ever.
         attempt_timeout: How many seconds an attempt may take. One that takes longer fails with
-            `AttemptTimeout` and is given up, though its thread runs on: the client's own timeout is the
-            better one. Not with an `executor`. Default: no limit.
+            `AttemptTimeout`: a coroutine is cancelled; a thread is given up and runs on, so there the
+            client's own timeout is the better one. Not with an `executor` of threads. Default: no limit.
+        context: For a coroutine function: makes an async context manager, such as a client that belongs to
+            an event loop. It is entered once in a job, on the loop where `fetch` runs, before its first
+            call, and left there at the end; its value is `fetch`'s second argument. Default: `fetch` has one.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -140,6 +160,7 @@ class Stage(Generic[InT_contra, OutT_co]):
     pause: bool
     patience: float | None
     attempt_timeout: float | None
+    context: Callable[[], AbstractAsyncContextManager[Any]] | None = field(repr=False)
 
     @overload
     def __init__(
@@ -193,9 +214,10 @@ class Stage(Generic[InT_contra, OutT_co]):
         pause: bool = True,
         patience: float | None = PATIENCE,
         attempt_timeout: float | None = None,
+        context: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
     ) -> None:
-        check_function(fetch, "fetch")
-        if hasattr(fetch, "retry_with") and hasattr(fetch, "statistics"):
+        check_fetch(fetch, "fetch")
+        if isinstance(getattr(fetch, "retry", None), BaseRetrying):
             name = getattr(fetch, "__qualname__", "fetch")
             warn(
                 f"{name} is already under tenacity's @retry, which sleeps in the worker and hides the "
@@ -205,7 +227,7 @@ class Stage(Generic[InT_contra, OutT_co]):
             batch_size = positive_int(batch_size, "batch_size")
         if not isinstance(workers, Default):
             workers = positive_int(workers, "workers")
-        _check_executor(executor)
+        _check_executor(executor, fetch)
         if not isinstance(retry, Default):
             retry = check_policy(retry, "retry")
         if not isinstance(many, Default):
@@ -218,10 +240,9 @@ class Stage(Generic[InT_contra, OutT_co]):
         check_bool(pause, "pause")
         patience = _seconds(patience, "patience")
         attempt_timeout = _seconds(attempt_timeout, "attempt_timeout")
-        if attempt_timeout is not None and executor is not None:
+        if context is not None and not callable(context):
             raise TypeError(
-                "attempt_timeout is given beside an executor, whose threads are not ours to replace; "
-                "expected one of the two"
+                f"context is {context!r}; expected a function that makes an async context manager"
             )
         settings = {
             "fetch": fetch,
@@ -237,16 +258,44 @@ class Stage(Generic[InT_contra, OutT_co]):
             "pause": pause,
             "patience": patience,
             "attempt_timeout": attempt_timeout,
+            "context": context,
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)
+        self._check_awaited()
+
+    def _check_awaited(self) -> None:
+        """Checks what depends on whether `fetch` is awaited."""
+        if self.awaits:
+            if self.context is not None:
+                check_function(self.context, "context")
+        elif self.context is not None:
+            raise TypeError("context is given, and fetch is no coroutine function; expected one of the two")
+        elif self.attempt_timeout is not None and self.executor is not None:
+            raise TypeError(
+                "attempt_timeout is given beside an executor, whose threads are not ours to replace; "
+                "expected one of the two"
+            )
+
+    @property
+    def awaits(self) -> bool:
+        """Whether attempts run on an event loop."""
+        if self.executor is None:
+            return is_coroutine_function(self.fetch)
+        return isinstance(self.executor, AsyncExecutor)
 
 
-def _check_executor(executor: object) -> None:
-    if executor is not None and (
-        isinstance(executor, type) or not callable(getattr(executor, "submit", None))
-    ):
+def _check_executor(executor: object, fetch: object) -> None:
+    if executor is None:
+        return
+    if isinstance(executor, type) or not callable(getattr(executor, "submit", None)):
         raise TypeError(f"executor is {executor!r}; expected a concurrent.futures.Executor")
+    plain = type(executor).__module__.startswith("concurrent.futures")
+    if plain and is_coroutine_function(fetch, wrapped=False):
+        raise TypeError(
+            f"executor is a {type(executor).__name__}, and fetch a coroutine function ({fetch!r}); expected "
+            "an AsyncExecutor, or none"
+        )
 
 
 def _seconds(seconds: object, name: str) -> float | None:

@@ -10,7 +10,8 @@
 
 Inside the `with` block the same coordinator as ever runs the job, in the caller's thread. An attempt's
 function is called when the attempt begins and is given its time by `sleep`, so that a simulated API, or
-a stand-in of your own, takes as long as it says and no test waits for it. What the source and the
+a stand-in of your own, takes as long as it says and no test waits for it; a coroutine function calls `sleep`
+as well, and does not await it. What the source and the
 consumer `sleep` passes too, with the calls going on meanwhile.
 """
 
@@ -22,6 +23,7 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Generator
 from contextvars import copy_context
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
@@ -32,7 +34,7 @@ from twostage.errors import without_our_frames
 from twostage.runners import Runner, Work, given_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from contextvars import Token
     from types import TracebackType
 
@@ -256,7 +258,7 @@ class VirtualTime:
         self._elapsed = 0.0
         answer = failure = None
         try:
-            answer = work.variables.copy().run(work.fetch, work.argument(call))
+            answer = work.variables.copy().run(runner.fetch, work.argument(call))
         except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
             failure = without_our_frames(error)
         end, self._elapsed = self._now + self._elapsed, None
@@ -334,7 +336,8 @@ class _VirtualDriver:
         return self._messages.popleft() if self._messages else None
 
     def join(self) -> None:
-        pass
+        for runner in self._runners:
+            runner.join()
 
 
 class _VirtualRunner(Runner):
@@ -346,6 +349,8 @@ class _VirtualRunner(Runner):
         self._driver = driver
         self._virtual = virtual
         self._work = work
+        self._leave: Callable[[], object] | None = None  # the context, once it has been entered
+        self._values: tuple[object, ...] = ()
         self._queue: deque[Call] = deque()
         self._first: deque[Call] = deque()
         self.running: dict[int, Call] = {}  # attempts that were not given up
@@ -353,6 +358,20 @@ class _VirtualRunner(Runner):
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         self.out += len(calls)
         (self._first if first else self._queue).extend(calls)
+
+    def fetch(self, asked: object) -> object:
+        """Calls the stage's function; a coroutine runs to its end at once."""
+        if not self._work.awaits:
+            return self._work.fetch(asked)
+        if self._work.context is not None and self._leave is None:
+            context = self._work.context()
+            self._values = (_run(context.__aenter__()),)
+            self._leave = lambda: _run(context.__aexit__(None, None, None))
+        return _run(self._work.fetch(asked, *self._values))
+
+    def join(self) -> None:
+        if self._leave is not None:
+            self._leave()
 
     def fill(self) -> None:
         """Has idle workers begin what was handed over."""
@@ -404,6 +423,21 @@ class _VirtualRunner(Runner):
 
     def stop(self) -> None:
         self.take_back()
+
+
+def _run(awaitable: Awaitable[Any]) -> object:
+    """Runs a coroutine to its end, in no time but what it lets pass by `sleep`."""
+    steps = awaitable.__await__()
+    try:
+        next(steps)
+    except StopIteration as end:
+        return end.value
+    finally:
+        if isinstance(steps, Generator):
+            steps.close()
+    raise RuntimeError(
+        "a coroutine awaits what takes real time; in virtual time let it pass by twostage.testing.sleep"
+    )
 
 
 class _VirtualReader(_VirtualRunner):
