@@ -5,10 +5,11 @@ other modules are the library's own business.
 """
 
 from twostage.async_executor import AsyncExecutor
+from twostage.async_run import aiter_two_stage, arun_two_stage
 from twostage.calls import Outcome
 from twostage.errors import AttemptTimeout, BatchLengthError, MissingToken, RunTimeout, TooManyFailures
 from twostage.gates import Rate
-from twostage.outcomes import Outcomes
+from twostage.outcomes import AsyncOutcomes, Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
 from twostage.throttling import Throttled, wait_retry_after
@@ -16,6 +17,7 @@ from twostage.transient import is_transient
 
 __all__ = [
     "AsyncExecutor",
+    "AsyncOutcomes",
     "AttemptTimeout",
     "BatchLengthError",
     "MissingToken",
@@ -26,6 +28,8 @@ __all__ = [
     "Stage",
     "Throttled",
     "TooManyFailures",
+    "aiter_two_stage",
+    "arun_two_stage",
     "is_transient",
     "iter_two_stage",
     "run_two_stage",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterable, Iterable
 from contextvars import ContextVar, copy_context
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from twostage.answers import Check, batch_check, checked_result, checked_token
 from twostage.checks import (
@@ -17,30 +18,41 @@ from twostage.checks import (
     positive_seconds,
 )
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
-from twostage.driver import world
-from twostage.errors import brief
+from twostage.driver import LoopDriver, ThreadDriver, world
 from twostage.failures import FailureLimit
 from twostage.gates import Gate, HungGate, RateGate, rates_of
 from twostage.handover import HandOver
 from twostage.lines import Line
-from twostage.outcomes import Job, Source
+from twostage.outcomes import AsyncJob, Job
 from twostage.pace import Pace
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
+from twostage.sources import AsyncSource, Source, each
 from twostage.splits import Splits, refuses_batch
 from twostage.stage import Default, Stage
 from twostage.twins import Twins
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable
     from concurrent.futures import Executor
     from contextvars import Context
 
     from twostage.calls import Batch
     from twostage.checks import Failures
     from twostage.completions import Handler
+    from twostage.driver import AsyncDriver, Driver
+    from twostage.sources import Key
 
-__all__ = ["RESULT_WORKERS", "TOKEN_WORKERS", "ItemsOptions", "RunOptions", "Settings", "build", "settled"]
+__all__ = [
+    "RESULT_WORKERS",
+    "TOKEN_WORKERS",
+    "ItemsOptions",
+    "RunOptions",
+    "Settings",
+    "build",
+    "build_async",
+    "settled",
+]
 
 ValueT = TypeVar("ValueT")
 
@@ -181,6 +193,47 @@ def build(
     results: list[Any] | None = None,
 ) -> Job:
     """Checks what is left to check, and builds a job of which nothing runs yet."""
+    driver = world.get()()
+    coordinator = _coordinator(driver, first, second, items_options, run_options, results)
+    source = Source(items, items_options.key)
+    if run_options.linger is not None:
+        coordinator.reader = driver.reader(source, coordinator.item_read)
+    return Job(source, coordinator, driver)
+
+
+def build_async(
+    items: Iterable[Any] | AsyncIterable[Any],
+    first: Settings,
+    second: Settings,
+    items_options: ItemsOptions,
+    run_options: RunOptions,
+    results: list[Any] | None = None,
+) -> AsyncJob:
+    """The same for a consumer on an event loop."""
+    driver = LoopDriver() if world.get() is ThreadDriver else cast("AsyncDriver", world.get()())
+    coordinator = _coordinator(driver, first, second, items_options, run_options, results)
+    source = _source(items, items_options.key)
+    coordinator.reader = driver.reader(source, coordinator.item_read)
+    return AsyncJob(source, coordinator, driver)
+
+
+def _source(items: Iterable[Any] | AsyncIterable[Any], key: Key) -> Source | AsyncSource:
+    if isinstance(items, AsyncIterable):
+        return AsyncSource(items, key)
+    if type(items) in (list, tuple, range) or not isinstance(items, Iterable):
+        return Source(items, key)
+    return Source(each(items), key)  # in its thread alone
+
+
+def _coordinator(
+    driver: Driver,
+    first: Settings,
+    second: Settings,
+    items_options: ItemsOptions,
+    run_options: RunOptions,
+    results: list[Any] | None,
+) -> Coordinator:
+    """Checks what is left to check, and puts the parts together."""
     key, refresh_token_on, max_refreshes, window = items_options
     batch_size = first.batch_size or 1
     # The batches of one or two workers vary too much: stage two would run dry (tests/scheduling).
@@ -198,10 +251,6 @@ def build(
     timeout = math.inf if run_options.timeout is None else positive_seconds(run_options.timeout, "timeout")
     linger = math.inf if run_options.linger is None else positive_seconds(run_options.linger, "linger")
     failure_limit = _failure_limit(run_options, many=first.many)
-    try:
-        source = iter(items)
-    except TypeError as error:
-        raise TypeError(f"items is {brief(items)}; expected something to iterate over") from error
     if not (repeats(first.retry) and repeats(second.retry)):
         refreshes = None  # either stage's calls must not be made twice for an item
     token_argument = _item if first.batch_size is None else _items
@@ -240,20 +289,14 @@ def build(
         too_many=None if failure_limit is None else failure_limit.passed,
         linger=linger,
     )
-    driver = world.get()()
     results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
     token_line.runner = driver.runner(
-        _work(first, token_argument, coordinator.batch_ended, _executor(first.stage, second.stage))
+        _work(first, token_argument, coordinator.batch_ended, _executor(first.stage, second.stage, driver))
     )
     result_line.runner = driver.runner(
-        _work(second, result_argument, results_ended, _executor(second.stage, first.stage))
+        _work(second, result_argument, results_ended, _executor(second.stage, first.stage, driver))
     )
-    # An iterator was given to be used up here; a list, or what else makes iterators, was not.
-    close_source = getattr(items, "close", None) if source is items else None
-    reading = Source(source, close_source, key)
-    if run_options.linger is not None:
-        coordinator.reader = driver.reader(reading, coordinator.item_read)
-    return Job(reading, coordinator, driver)
+    return coordinator
 
 
 def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:
@@ -304,10 +347,17 @@ def _line(
     )
 
 
-def _executor(stage: Stage[Any, Any], other: Stage[Any, Any]) -> Executor | None:
+def _executor(stage: Stage[Any, Any], other: Stage[Any, Any], driver: Driver) -> Executor | None:
     """Returns where a stage's attempts run: coroutines on the other one's loop, as clients belong to one."""
     shared = stage.executor is None and stage.awaits and other.awaits
-    return other.executor if shared else stage.executor
+    executor = other.executor if shared else stage.executor
+    awaited = isinstance(driver, LoopDriver) and stage.awaits  # an attempt that waits holds no worker then
+    if executor is not None and not awaited and any(executor is one for one in _running_on.get()):
+        raise RuntimeError(
+            f"the executor {executor!r} runs the attempt that starts this job, which could then wait for "
+            "itself for ever; expected another executor"
+        )
+    return executor
 
 
 def _work(
@@ -321,7 +371,7 @@ def _work(
         argument,
         ended,
         settings.workers,
-        _variables(settings.name, executor),
+        _variables(executor),
         executor,
         stage.attempt_timeout,
         rated=bool(rates_of(stage.rate, "rate")),
@@ -330,17 +380,11 @@ def _work(
     )
 
 
-def _variables(name: str, executor: Executor | None) -> Context:
+def _variables(executor: Executor | None) -> Context:
     """Returns the context variables of a stage's attempts: the caller's, and where they run."""
     variables = copy_context()
-    if executor is None:
-        return variables
-    if any(executor is one for one in _running_on.get()):
-        raise RuntimeError(
-            f"the executor of {name}'s Stage runs the attempt that starts this job, which could "
-            "then wait for itself for ever; expected another executor"
-        )
-    variables.run(_running_on.set, (*_running_on.get(), executor))
+    if executor is not None:
+        variables.run(_running_on.set, (*_running_on.get(), executor))
     return variables
 
 

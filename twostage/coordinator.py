@@ -644,7 +644,7 @@ class Coordinator:
                     self._fail(line, call, members, error)
             for batch, refusal in line.splits.take_waiting() if line.splits is not None else ():
                 self._fail(line, batch, batch.members, refusal)
-        if self.reader is not None:
+        if self.reader is not None and self.handing.results is None:  # a list has all items
             self.reader.stop()
             self.source_left(None, None, None)
 

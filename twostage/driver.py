@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
 from contextvars import ContextVar, copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from twostage.async_executor import AsyncExecutor
 from twostage.completions import Completions
 from twostage.coordinator import Message
 from twostage.pools import PoolRunner
-from twostage.runners import ExecutorRunner, SourceRunner
+from twostage.runners import ExecutorRunner
+from twostage.sources import DirectReader, Source, TaskReader, ThreadReader
 from twostage.tasks import TaskRunner
 
 if TYPE_CHECKING:
@@ -21,10 +24,11 @@ if TYPE_CHECKING:
 
     from twostage.completions import Event, Handler
     from twostage.coordinator import Coordinator
-    from twostage.outcomes import Source
     from twostage.runners import Runner, Work
+    from twostage.sources import AsyncSource
+    from twostage.tasks import Submit
 
-__all__ = ["Driver", "ThreadDriver", "world"]
+__all__ = ["AsyncDriver", "Driver", "LoopDriver", "ThreadDriver", "world"]
 
 LONGEST_GET = 1.0
 """Ctrl-C wakes no thread that waits for a lock on Windows before Python 3.14: look up now and then."""
@@ -52,6 +56,16 @@ class Driver(Protocol):
         """Waits, after the last message, until no thread of ours is left."""
 
 
+class AsyncDriver(Driver, Protocol):
+    """Runs one coordinator for a consumer on an event loop."""
+
+    def reader(self, source: Source | AsyncSource, ended: Handler) -> Runner:
+        """The same for both kinds of sources."""
+
+    async def next_message(self) -> Message:
+        """Returns the coordinator's next message, when it is there."""
+
+
 class ThreadDriver:
     """Runs the coordinator in a daemon thread, in real time."""
 
@@ -62,23 +76,26 @@ class ThreadDriver:
         self._runners: list[Runner] = []
         self._loop: AsyncExecutor | None = None  # of our own, if a stage needs one
         self.send = self._completions.put
+        self._tell: Callable[[Message], None] = self._messages.put
 
     def runner(self, work: Work) -> Runner:
         self._runners.append(self._runner(work))
         return self._runners[-1]
 
     def _runner(self, work: Work) -> Runner:
-        if isinstance(work.executor, AsyncExecutor):
-            return TaskRunner(work, work.executor.submit, self._completions, time.monotonic)
-        if work.awaits:  # one loop for both stages, as clients belong to one
-            self._loop = self._loop or AsyncExecutor()
-            return TaskRunner(work, self._loop.submit, self._completions, time.monotonic)
+        if work.awaits:
+            submit = self._submit() if work.executor is None else cast("Submit", work.executor.submit)
+            return TaskRunner(work, submit, self._completions, time.monotonic)
         if work.executor is None:
             return PoolRunner(work, self._completions, time.monotonic)
         return ExecutorRunner(work, work.executor, self._completions, time.monotonic)
 
+    def _submit(self) -> Submit:
+        self._loop = self._loop or AsyncExecutor()  # one for both stages, as clients belong to one
+        return self._loop.submit
+
     def reader(self, source: Source, ended: Handler) -> Runner:
-        return SourceRunner(source, ended, self._completions)
+        return ThreadReader(source, ended, self._completions)
 
     def start(self, coordinator: Coordinator) -> None:
         # A daemon, or a script that has left its iterator somewhere would never end.
@@ -89,7 +106,7 @@ class ThreadDriver:
                 coordinator,
                 self._completions,
                 partial(_join, self._runners, self._loop),
-                self._messages.put,
+                self._tell,
             ),
             name="twostage-coordinator",
             daemon=True,
@@ -113,6 +130,53 @@ class ThreadDriver:
     def join(self) -> None:
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(LONGEST_GET)
+
+
+class LoopDriver(ThreadDriver):
+    """The same for a consumer on an event loop: that is never blocked, and coroutines run on it as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arrived = asyncio.Event()
+        self._tell = self._put_and_wake
+        self._callers: asyncio.AbstractEventLoop | None = None
+
+    def start(self, coordinator: Coordinator) -> None:
+        self._callers = asyncio.get_running_loop()
+        super().start(coordinator)
+
+    def reader(self, source: Source | AsyncSource, ended: Handler) -> Runner:
+        reader: Runner
+        if not isinstance(source, Source):
+            reader = TaskReader(source, ended, self._completions, self._call_soon)
+        elif source.in_memory:
+            reader = DirectReader(source, ended, self._completions)
+        else:
+            reader = ThreadReader(source, ended, self._completions)
+        self._runners.append(reader)
+        return reader
+
+    def _submit(self) -> Submit:
+        return lambda function: asyncio.run_coroutine_threadsafe(function(), self._running_loop())
+
+    def _call_soon(self, function: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there any more
+            self._running_loop().call_soon_threadsafe(function)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        assert self._callers is not None  # noqa: S101 - known since the start, before all that asks
+        return self._callers
+
+    def _put_and_wake(self, message: Message) -> None:
+        self._messages.put(message)
+        self._call_soon(self._arrived.set)
+
+    async def next_message(self) -> Message:
+        """Returns the coordinator's next message, when it is there."""
+        while self._messages.empty():
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._messages.get()
 
 
 def _drive(

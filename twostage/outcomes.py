@@ -1,83 +1,77 @@
-"""`Outcomes`, the iterator; and `Job`, the caller's half of a job: it reads the source and hands over."""
+"""`Outcomes` and `AsyncOutcomes`, the iterators; and the caller's half of a job, which hands over."""
 
 from __future__ import annotations
 
 from collections import deque
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twostage.errors import brief, without_our_frames
+from twostage.errors import without_our_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import AsyncIterator, Iterator
     from types import TracebackType
 
     from twostage.calls import Outcome
-    from twostage.coordinator import Coordinator
-    from twostage.driver import Driver
+    from twostage.coordinator import Coordinator, Message
+    from twostage.driver import AsyncDriver, Driver
+    from twostage.sources import AsyncSource, Source
 
-__all__ = ["Job", "Outcomes"]
+__all__ = ["AsyncJob", "AsyncOutcomes", "Job", "Outcomes"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
 
 
-class Source:
-    """Where items come from.
+class _Hand:
+    """What both halves of a caller have in common: the outcomes in hand, and what the coordinator hears."""
 
-    Args:
-        items: The items.
-        close: Closes them; `None` if they were not given to be used up.
-        key: Gives an item's identity; `None` if each is itself.
-    """
+    _running = False  # from the first `advance` to `close`; also while Ctrl-C interrupts `__init__`
 
-    def __init__(
-        self,
-        items: Iterator[Any],
-        close: Callable[[], object] | None,
-        key: Callable[[Any], Hashable] | None,
-    ) -> None:
-        self._items = items
-        self._close = close
-        self._key = key
+    def __init__(self, coordinator: Coordinator, driver: Driver) -> None:
+        self._coordinator = coordinator
+        self._driver = driver
+        self._hand: deque[Outcome[Any, Any, Any]] = deque()
+        self._untold = 0
+        # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
+        self._tell_every = max(1, min(coordinator.bound, coordinator.window) // 32)
+        self._ended = False
+        self.error: BaseException | None = None
 
-    def read(self, size: int) -> tuple[list[Any], list[Hashable] | None]:
-        """Returns the next items, as many as there are up to `size`, and their keys."""
-        items = list(islice(self._items, size))
-        return items, None if self._key is None else [self._key_of(item) for item in items]
+    def _start(self) -> None:
+        if not self._running and not self._ended:
+            self._running = True
+            self._driver.start(self._coordinator)
 
-    def read_one(self, _: object = None) -> tuple[Any, Hashable]:
-        """Returns the next item, and its key.
+    def _take(self) -> Outcome[Any, Any, Any]:
+        outcome = self._hand.popleft()
+        self._untold += 1
+        if self._untold >= self._tell_every or not self._hand:
+            self._driver.send((self._coordinator.outcomes_taken, self._untold, None, None))
+            self._untold = 0
+        return outcome
 
-        Raises:
-            StopIteration: There is none.
-        """
-        item = next(self._items)
-        try:
-            return item, None if self._key is None else self._key_of(item)
-        except StopIteration as error:  # it would end the job as if the source was at its end
-            raise RuntimeError("a function of the job raised StopIteration") from error
+    def _hear(self, message: Message) -> None:
+        self._hand.extend(message.outcomes)
+        self._ended = self._ended or message.ended
+        self.error = message.error
 
-    def _key_of(self, item: object) -> Hashable:
-        assert self._key is not None  # noqa: S101 - for the type checker
-        key = self._key(item)
-        try:
-            hash(key)
-        except TypeError:
-            raise TypeError(
-                f"key returned {type(key).__name__} for item {brief(item)}; expected something hashable"
-            ) from None
-        return key
+    def _over(self) -> None:
+        self.abandon()
+        self._running, self._ended = False, True
+        self._hand.clear()
+        self.error = None
 
-    def close(self) -> None:
-        """Closes the items, once, if they were given to be used up and can be closed."""
-        if self._close is not None:
-            self._close()
-            self._close = None
+    def abandon(self) -> None:
+        """Ends the job without waiting for anything: all that a finaliser may do."""
+        self._driver.send((self._coordinator.close, None, None, None))
+
+    def __del__(self) -> None:
+        if self._running:
+            self.abandon()  # and no more: the collector may call this in any thread, also in a worker
 
 
-class Job:
+class Job(_Hand):
     """The half of a job that lives in the caller's thread.
 
     It reads a batch when one is wanted and no outcome is in hand, or when as many outcomes as a batch
@@ -85,60 +79,39 @@ class Job:
     outcomes that are done; only with empty hands, a pausing consumer would starve the workers.
     """
 
-    _running = False  # from the first `advance` to `close`; also while Ctrl-C interrupts `__init__`
-
     def __init__(
         self,
         source: Source,
         coordinator: Coordinator,
         driver: Driver,
     ) -> None:
+        super().__init__(coordinator, driver)
         self._source = source
         # A thread of ours that reads the source closes it as well.
         self._close_source = source.close if coordinator.reader is None else coordinator.reader.join
-        self._coordinator = coordinator
-        self._driver = driver
-        self._hand: deque[Outcome[Any, Any, Any]] = deque()
         self._wanted = 0
         self._since_read = 0
-        self._untold = 0
-        # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
-        self._tell_every = max(1, min(coordinator.bound, coordinator.window) // 32)
-        self._ended = False
-        self.error: BaseException | None = None
 
     def advance(self) -> Outcome[Any, Any, Any] | None:
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
-        if not self._running and not self._ended:
-            self._running = True
-            self._driver.start(self._coordinator)
+        self._start()
         size = self._coordinator.batch_size
         while self._hand or not self._ended:
             if self._hand and not (self._wanted and self._since_read >= size):
+                self._since_read += 1
                 return self._take()
             self._look(block=not (self._hand or self._wanted))
             if self._wanted and (not self._hand or self._since_read >= size):
                 self._read()
         return None
 
-    def _take(self) -> Outcome[Any, Any, Any]:
-        outcome = self._hand.popleft()
-        self._since_read += 1
-        self._untold += 1
-        if self._untold >= self._tell_every or not self._hand:
-            self._driver.send((self._coordinator.outcomes_taken, self._untold, None, None))
-            self._untold = 0
-        return outcome
-
     def _look(self, *, block: bool) -> None:
         message = self._driver.receive(block=block)
         if message is not None:
-            self._hand.extend(message.outcomes)
+            self._hear(message)
             self._wanted = 0 if message.ended or message.leave else self._wanted + message.wanted
             if message.leave:
                 self._driver.send((self._coordinator.source_left, None, None, None))
-            self._ended = self._ended or message.ended
-            self.error = message.error
 
     def _read(self) -> None:
         size = self._coordinator.batch_size
@@ -166,20 +139,42 @@ class Job:
                     self._look(block=True)
                 self._driver.join()
         finally:  # also if a second Ctrl-C has given up the waiting, or came before anybody was told
-            self.abandon()
-            self._running, self._ended = False, True
+            self._over()
             self._wanted = 0
-            self._hand.clear()
-            self.error = None
             self._close_source()
 
-    def abandon(self) -> None:
-        """Ends the job without waiting for anything: all that a finaliser may do."""
-        self._driver.send((self._coordinator.close, None, None, None))
 
-    def __del__(self) -> None:
-        if self._running:
-            self.abandon()  # and no more: the collector may call this in any thread, also in a worker
+class AsyncJob(_Hand):
+    """The half of a job that lives on the caller's event loop. Others read the source for it."""
+
+    _driver: AsyncDriver
+
+    def __init__(self, source: Source | AsyncSource, coordinator: Coordinator, driver: AsyncDriver) -> None:
+        super().__init__(coordinator, driver)
+        self._source = source
+
+    async def advance(self) -> Outcome[Any, Any, Any] | None:
+        """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
+        self._start()
+        while not self._hand and not self._ended:
+            self._hear(await self._driver.next_message())
+        return self._take() if self._hand else None
+
+    async def close(self) -> None:
+        """Ends the job and waits for the calls that run. Harmless if it has ended."""
+        running = self._running
+        try:
+            if running:
+                self.abandon()
+                while not self._ended:
+                    self._hear(await self._driver.next_message())
+                self._driver.join()
+        finally:  # also if a second cancellation has given up the waiting
+            self._over()
+        if not running:  # else who read the source has closed it
+            closing = self._source.close()
+            if closing is not None:
+                await closing
 
 
 class Outcomes(Generic[ItemT, TokenT, ResultT]):
@@ -236,3 +231,60 @@ class Outcomes(Generic[ItemT, TokenT, ResultT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class AsyncOutcomes(Generic[ItemT, TokenT, ResultT]):
+    """The outcomes of a job, for an event loop: an async iterator, to be closed, best by `async with`.
+
+    The job starts at the first `anext` and goes on while the consumer is away, until the in-progress bound
+    or the window is reached. Closing it, or leaving its `async with` block, starts nothing more, waits for
+    the calls that run and closes the source as `Outcomes` does. One that is dropped is cleaned up as well,
+    without waiting.
+    """
+
+    def __init__(self, job: AsyncJob) -> None:
+        self._job = job
+
+    def __aiter__(self) -> AsyncIterator[Outcome[ItemT, TokenT, ResultT]]:
+        return self
+
+    async def __anext__(self) -> Outcome[ItemT, TokenT, ResultT]:
+        """Returns the next outcome.
+
+        Raises:
+            Exception: The first failure, as the user's function raised it, unless `return_exceptions`
+                is on; or the source's.
+            RuntimeError: A function of the user's raised `StopAsyncIteration`, which would end a loop as
+                if the job was done, or `StopIteration`.
+        """
+        try:
+            outcome = await self._job.advance()
+        except BaseException:
+            await self._job.close()
+            raise
+        if outcome is not None:
+            return outcome
+        try:
+            error = self._job.error
+            if error is None:
+                raise StopAsyncIteration
+            if isinstance(error, StopIteration | StopAsyncIteration):
+                raise RuntimeError(  # noqa: TRY004 - it is no wrong type
+                    f"a function of the job raised {type(error).__name__}"
+                ) from error
+            raise error
+        finally:
+            error = None  # or its traceback holds this frame, and the frame the exception
+            await self._job.close()
+
+    async def aclose(self) -> None:
+        """Ends the job: nothing more starts, running calls are awaited, no thread of ours is left."""
+        await self._job.close()
+
+    async def __aenter__(self) -> AsyncOutcomes[ItemT, TokenT, ResultT]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

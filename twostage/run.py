@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from twostage.checks import Failures
     from twostage.retry import RetryPolicy
 
-__all__ = ["iter_two_stage", "run_two_stage"]
+__all__ = [
+    "DEFAULT_RESULT_WORKERS",
+    "DEFAULT_TOKEN_WORKERS",
+    "iter_two_stage",
+    "run_two_stage",
+    "with_outcomes",
+]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
@@ -264,10 +270,8 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     job = build(items, *stages, options, run_options, results)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
-        if isinstance(job.error, TooManyFailures):
-            job.error.outcomes = [outcome for outcome in results if outcome is not None]
         if job.error is not None:
-            raise job.error
+            raise with_outcomes(job.error, results)
     finally:
         job.close()
     return results if max_failures is None else list(map(value_of, results))
@@ -473,6 +477,13 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
     run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
     return Outcomes(build(items, *stages, options, run_options))
+
+
+def with_outcomes(error: BaseException, results: list[Any]) -> BaseException:
+    """Returns what ended a job, with the outcomes that are done if there were too many failures."""
+    if isinstance(error, TooManyFailures):
+        error.outcomes = [outcome for outcome in results if outcome is not None]
+    return error
 
 
 def _warn_of_loop(stages: Iterable[Settings], name: str) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextvars import copy_context
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import told
-from twostage.errors import AttemptTimeout, without_our_frames
+from twostage.errors import AttemptTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,16 +20,12 @@ if TYPE_CHECKING:
 
     from twostage.calls import Call
     from twostage.completions import Completions, Handler
-    from twostage.outcomes import Source
 
-__all__ = ["Clock", "ExecutorRunner", "Runner", "SourceRunner", "Work", "given_up"]
+__all__ = ["Clock", "ExecutorRunner", "Runner", "Work", "given_up"]
 
 log = logging.getLogger("twostage")
 
 Clock: TypeAlias = Callable[[], float]
-
-LONGEST_READ = 0.1
-"""How long the end of a job waits for a thread that reads its source: that may block for ever."""
 
 
 class Work(NamedTuple):
@@ -186,53 +179,3 @@ class ExecutorRunner(Runner):
 
     def stop(self) -> None:
         self.take_back()
-
-
-class SourceRunner(Runner):
-    """Reads a source item by item, in a daemon thread of its own, which closes it as well."""
-
-    def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
-        self.out = 0
-        self._source = source
-        self._ended = ended
-        self._completions = completions
-        self._variables = copy_context()
-        self._thread: threading.Thread | None = None
-        self._stopped = False
-        self._queue: SimpleQueue[Call | None] = SimpleQueue()
-
-    def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
-        del first  # one is like the other
-        self.out += len(calls)
-        for call in calls:
-            self._queue.put(call)
-        if self._thread is None and calls and not self._stopped:
-            thread = threading.Thread(
-                target=self._variables.run, args=(self._read_on,), name="twostage-source", daemon=True
-            )
-            thread.start()
-            self._thread = thread  # one that could not be started reads nothing, and closes nothing
-
-    def _read_on(self) -> None:
-        put = self._completions.put
-        try:
-            while (call := self._queue.get()) is not None and not self._stopped:
-                put((self._read, call, self._source.read_one(), None))
-        except BaseException as error:  # noqa: BLE001 - the source's end, or a failure that is the job's
-            put((self._read, None, None, without_our_frames(error)))
-        finally:
-            self._source.close()
-
-    def _read(self, call: Call, read: object, error: BaseException | None) -> None:
-        self.out -= 1
-        self._ended(call, read, error)
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._queue.put(None)
-
-    def join(self) -> None:
-        if self._thread is None:
-            self._source.close()
-        else:
-            self._thread.join(LONGEST_READ)

@@ -23,10 +23,10 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Awaitable, Generator
 from contextvars import copy_context
 from itertools import count
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
 
 from twostage.calls import Batch, ListedToken
 from twostage.driver import world
@@ -34,7 +34,7 @@ from twostage.errors import without_our_frames
 from twostage.runners import Runner, Work, given_up
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from contextvars import Token
     from types import TracebackType
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from twostage.completions import Event, Handler
     from twostage.coordinator import Coordinator, Message
     from twostage.driver import Driver
-    from twostage.outcomes import Source
+    from twostage.sources import AsyncSource, Source
 
 __all__ = ["ApiError", "Latency", "SimulatedApi", "VirtualTime", "sleep"]
 
@@ -301,7 +301,7 @@ class _VirtualDriver:
         self._runners.append(runner)
         return runner
 
-    def reader(self, source: Source, ended: Handler) -> _VirtualRunner:
+    def reader(self, source: Source | AsyncSource, ended: Handler) -> _VirtualRunner:
         runner = _VirtualReader(self, self._virtual, source, ended)
         self._runners.append(runner)
         return runner
@@ -334,6 +334,9 @@ class _VirtualDriver:
             if not self._virtual._step():  # noqa: SLF001
                 raise RuntimeError("the job waits, and nothing is left that could happen")
         return self._messages.popleft() if self._messages else None
+
+    async def next_message(self) -> Message:
+        return cast("Message", self.receive(block=True))
 
     def join(self) -> None:
         for runner in self._runners:
@@ -443,11 +446,20 @@ def _run(awaitable: Awaitable[Any]) -> object:
 class _VirtualReader(_VirtualRunner):
     """Reads a source while the job goes on: what it sleeps is the time that an item takes to come."""
 
-    def __init__(self, driver: _VirtualDriver, virtual: VirtualTime, source: Source, ended: Handler) -> None:
-        super().__init__(
-            driver, virtual, Work(SOURCE, source.read_one, lambda _: None, ended, 1, copy_context())
-        )
+    def __init__(
+        self, driver: _VirtualDriver, virtual: VirtualTime, source: Source | AsyncSource, ended: Handler
+    ) -> None:
+        super().__init__(driver, virtual, Work(SOURCE, self._read, lambda _: None, ended, 1, copy_context()))
         self._source = source
 
+    def _read(self, _: object) -> object:
+        read = self._source.read_one()
+        try:
+            return _run(read) if isinstance(read, Awaitable) else read
+        except StopAsyncIteration:
+            raise StopIteration from None
+
     def join(self) -> None:
-        self._source.close()
+        closing = self._source.close()
+        if closing is not None:
+            _run(closing)

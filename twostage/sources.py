@@ -1,0 +1,272 @@
+"""Where items come from, and what reads them beside the consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future, wait
+from contextvars import copy_context
+from functools import partial
+from itertools import islice
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from twostage.calls import Call
+from twostage.errors import brief, without_our_frames
+from twostage.runners import Runner
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Iterator, Sequence
+
+    from twostage.completions import Completions, Handler
+
+__all__ = ["AsyncSource", "DirectReader", "Key", "Source", "TaskReader", "ThreadReader", "each"]
+
+Key: TypeAlias = "Callable[[Any], Hashable] | None"
+"""Gives an item's identity; `None` if each is itself."""
+
+LONGEST_READ = 0.1
+"""How long the end of a job waits for what reads its source: that may block for ever."""
+
+
+class Source:
+    """Where items come from.
+
+    Raises:
+        TypeError: `items` is nothing to iterate over.
+
+    Attributes:
+        in_memory: Whether nothing has to be waited for.
+    """
+
+    def __init__(self, items: Iterable[Any], key: Key) -> None:
+        try:
+            self._items: Iterator[Any] = iter(items)
+        except TypeError as error:
+            hint = "; with an async iterable, await arun_two_stage" if hasattr(items, "__aiter__") else ""
+            raise TypeError(f"items is {brief(items)}; expected something to iterate over{hint}") from error
+        # An iterator was given to be used up here; a list, or what else makes iterators, was not.
+        self._close = getattr(items, "close", None) if self._items is items else None
+        self._key = key
+        self.in_memory = type(items) in (list, tuple, range)
+
+    def read(self, size: int) -> tuple[list[Any], list[Hashable] | None]:
+        """Returns the next items, as many as there are up to `size`, and their keys."""
+        items = list(islice(self._items, size))
+        return items, None if self._key is None else [_key_of(item, self._key) for item in items]
+
+    def read_one(self, _: object = None) -> tuple[Any, Hashable]:
+        """Returns the next item, and its key.
+
+        Raises:
+            StopIteration: There is none.
+        """
+        item = next(self._items)
+        return item, _key_of(item, self._key)
+
+    def close(self) -> None:
+        """Closes the items, once, if they were given to be used up and can be closed."""
+        if self._close is not None:
+            self._close()
+            self._close = None
+
+
+def each(items: Iterable[Any]) -> Iterator[Any]:
+    """Gives the items, and touches them nowhere but where it is read itself."""
+    iterator = iter(items)
+    try:
+        yield from iterator
+    finally:
+        if iterator is items and hasattr(items, "close"):
+            items.close()
+
+
+class AsyncSource:
+    """Where items come from, if that has to be awaited."""
+
+    def __init__(self, items: AsyncIterable[Any], key: Key) -> None:
+        self._items: AsyncIterator[Any] = aiter(items)
+        self._close = getattr(items, "aclose", None) if self._items is items else None
+        self._key = key
+
+    async def read_one(self) -> tuple[Any, Hashable]:
+        """Returns the next item, and its key.
+
+        Raises:
+            StopAsyncIteration: There is none.
+        """
+        item = await anext(self._items)
+        return item, _key_of(item, self._key)
+
+    async def close(self) -> None:
+        """Closes the items, once, if they were given to be used up and can be closed."""
+        if self._close is not None:
+            close, self._close = self._close, None
+            await close()
+
+
+def _key_of(item: object, key: Key) -> Hashable:
+    if key is None:
+        return None
+    try:
+        identity = key(item)
+    except (StopIteration, StopAsyncIteration) as error:  # as if the source was at its end
+        raise RuntimeError(f"a function of the job raised {type(error).__name__}") from error
+    try:
+        hash(identity)
+    except TypeError:
+        raise TypeError(
+            f"key returned {type(identity).__name__} for item {brief(item)}; expected something hashable"
+        ) from None
+    return identity
+
+
+class ThreadReader(Runner):
+    """Reads a source item by item, in a daemon thread of its own, which closes it as well."""
+
+    def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
+        self.out = 0
+        self._source = source
+        self._ended = ended
+        self._completions = completions
+        self._variables = copy_context()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+        self._queue: SimpleQueue[Call | None] = SimpleQueue()
+
+    def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
+        del first  # one is like the other
+        self.out += len(calls)
+        for call in calls:
+            self._queue.put(call)
+        if self._thread is None and calls and not self._stopped:
+            thread = threading.Thread(
+                target=self._variables.run, args=(self._read_on,), name="twostage-source", daemon=True
+            )
+            thread.start()
+            self._thread = thread  # one that could not be started reads nothing, and closes nothing
+
+    def _read_on(self) -> None:
+        put = self._completions.put
+        try:
+            while (call := self._queue.get()) is not None and not self._stopped:
+                put((self._read, call, self._source.read_one(), None))
+        except BaseException as error:  # noqa: BLE001 - the source's end, or a failure that is the job's
+            put((self._read, None, None, without_our_frames(error)))
+        finally:
+            self._source.close()
+
+    def _read(self, call: Call, read: object, error: BaseException | None) -> None:
+        self.out -= 1
+        self._ended(call, read, error)
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._queue.put(None)
+
+    def join(self) -> None:
+        if self._thread is None:
+            self._source.close()
+        else:
+            self._thread.join(LONGEST_READ)
+
+
+class DirectReader(Runner):
+    """Reads what is in memory, whoever asks."""
+
+    def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
+        self._source = source
+        self._ended = ended
+        self._put = completions.put
+
+    def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
+        del first
+        try:
+            for call in calls:
+                self._put((self._ended, call, self._source.read_one(), None))
+        except BaseException as error:  # noqa: BLE001 - the source's end, or the failure of a key
+            self._put((self._ended, None, None, without_our_frames(error)))
+
+    def stop(self) -> None:
+        pass
+
+
+class TaskReader(Runner):
+    """Reads an async source item by item, in a task on the loop that it belongs to, which closes it as well.
+
+    Args:
+        source: The source.
+        ended: Hears of each item, and of the end.
+        completions: Where that is put.
+        call_soon: Calls a function in the loop's thread.
+    """
+
+    def __init__(
+        self,
+        source: AsyncSource,
+        ended: Handler,
+        completions: Completions,
+        call_soon: Callable[[Callable[[], object]], object],
+    ) -> None:
+        self._source = source
+        self._ended = ended
+        self._put = completions.put
+        self._call_soon = call_soon
+        self._variables = copy_context()
+        self._stopped = False
+        self._over: Future[None] = Future()
+        # The rest is the loop's.
+        self._wanted = 0
+        self._more = asyncio.Event()
+        self._reading = True
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
+        del first
+        if calls:
+            self._call_soon(partial(self._want, len(calls)))
+
+    def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self._call_soon(self._leave)
+
+    def join(self) -> None:
+        wait([self._over], LONGEST_READ)
+
+    def _want(self, items: int) -> None:
+        self._wanted += items
+        self._more.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._read(), context=self._variables)
+
+    def _leave(self) -> None:
+        if self._task is None:
+            self._want(0)  # for the closing
+        elif self._reading:
+            self._task.cancel()
+
+    async def _read(self) -> None:
+        try:
+            error = await self._read_on()
+            self._reading = False
+            if error is not None:
+                self._put((self._ended, None, None, error))
+            await self._source.close()
+        finally:
+            self._over.set_result(None)
+
+    async def _read_on(self) -> BaseException | None:
+        """Returns why no more is read; `None` if that was asked for."""
+        try:
+            while not self._stopped:
+                await self._more.wait()
+                while self._wanted:
+                    self._put((self._ended, Call(), await self._source.read_one(), None))
+                    self._wanted -= 1
+                self._more.clear()
+        except StopAsyncIteration:
+            return StopIteration()
+        except BaseException as error:  # noqa: BLE001 - it is the job's failure
+            return None if self._stopped else without_our_frames(error)
+        return None
