@@ -245,7 +245,7 @@ def test_answer_with_another_number_of_tokens_than_it_says_is_a_batch_length_err
 @pytest.mark.parametrize("answer", [BrokenTokens("a", "b"), None, ["a"]], ids=["broken", "None", "short"])
 def test_bad_answer_may_be_tried_again(answer: object) -> None:
     answers = [answer, ["x", "y"]]
-    batch: Stage[str, str] = Stage(lambda _: answers.pop(0), batch_size=2, retry=at_once(2))  # type: ignore[arg-type, return-value]
+    batch: Stage[str, str] = Stage(lambda _: answers.pop(0), batch_size=2, retry=at_once(2))  # type: ignore[arg-type]
     outcomes = outcomes_of("ab", batch, str.upper)
     assert [(outcome.result, outcome.token_attempts) for outcome in outcomes] == [("X", 2), ("Y", 2)]
 

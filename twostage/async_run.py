@@ -2,29 +2,279 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 from twostage.building import ItemsOptions, RunOptions, build_async, settled
 from twostage.handover import value_of
 from twostage.outcomes import AsyncOutcomes
-from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, with_outcomes
+from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, Options, with_outcomes
 from twostage.stage import (
     DEFAULT_RETRY,
     ONE_ITEM_A_CALL,
     ONE_TOKEN_AN_ITEM,
+    Answers,
     Default,
+    InBatches,
+    Many,
+    OneByOne,
     Stage,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Hashable, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Hashable, Iterable
 
     from twostage.checks import Failures
     from twostage.retry import RetryPolicy
 
 __all__ = ["aiter_two_stage", "arun_two_stage"]
 
+ItemT = TypeVar("ItemT")
+TokenT = TypeVar("TokenT")
+ResultT = TypeVar("ResultT")
 
+
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
 async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     items: Iterable[Any] | AsyncIterable[Any],
     fetch_token: Callable[[Any], Any] | Stage[Any, Any],
@@ -97,6 +347,227 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     return results if max_failures is None else list(map(value_of, results))
 
 
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 def aiter_two_stage(  # noqa: PLR0913 - a job's settings
     items: Iterable[Any] | AsyncIterable[Any],
     fetch_token: Callable[[Any], Any] | Stage[Any, Any],

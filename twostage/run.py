@@ -15,12 +15,14 @@ from twostage.stage import (
     ONE_TOKEN_AN_ITEM,
     Answers,
     Default,
+    InBatches,
     Many,
+    OneByOne,
     Stage,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable
+    from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable
 
     from twostage.building import Settings
     from twostage.checks import Failures
@@ -60,6 +62,116 @@ class Options(TypedDict, Generic[ItemT], total=False):
 def run_two_stage(
     items: Iterable[ItemT],
     fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT | Exception] | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -81,7 +193,7 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT],
+    fetch_token: OneByOne[ItemT, TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -92,51 +204,7 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
-@overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, TokenT]] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
-@overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
-@overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, Collection[TokenT]]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
-@overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT],
+    fetch_token: OneByOne[ItemT, TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -152,13 +220,35 @@ def run_two_stage(
     *,
     batch_size: Default | None = ...,
     many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
     return_exceptions: bool,
     **options: Unpack[Options[ItemT]],
 ) -> list[ResultT | Exception]: ...
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, TokenT]] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,
@@ -169,7 +259,18 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Collection[TokenT]],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -180,7 +281,18 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, Collection[TokenT]]],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[list[ResultT]]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,
@@ -281,6 +393,110 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
 def iter_two_stage(
     items: Iterable[ItemT],
     fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Default = ...,
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[True],
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: bool,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Stage[ItemT, Many[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -306,7 +522,7 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT],
+    fetch_token: OneByOne[ItemT, TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -332,7 +548,7 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, TokenT]] | Stage[list[ItemT], Answers[ItemT, TokenT]],
+    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,
@@ -345,7 +561,7 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Collection[TokenT]],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -358,20 +574,7 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, Collection[TokenT]]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
-@overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Collection[TokenT]],
+    fetch_token: OneByOne[ItemT, Collection[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -384,7 +587,20 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: Callable[[list[ItemT]], Answers[ItemT, Collection[TokenT]]],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: int,
+    many: Literal[True],
+    return_exceptions: Literal[False] = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: InBatches[ItemT, Collection[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -36,7 +36,7 @@ from twostage.pace import PATIENCE
 from twostage.retry import RetryPolicy, check_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
     from concurrent.futures import Executor
     from contextlib import AbstractAsyncContextManager
 
@@ -44,11 +44,21 @@ __all__ = ["Answers", "Default", "Many", "Stage"]
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
+ContextT = TypeVar("ContextT")
 InT_contra = TypeVar("InT_contra", contravariant=True)
 OutT_co = TypeVar("OutT_co", covariant=True)
 
 Answers: TypeAlias = Mapping[InT, OutT | Exception] | Sequence[OutT | Exception]
 """What a function may return for a batch."""
+
+
+OneByOne: TypeAlias = "Callable[[InT], Awaitable[OutT]] | Callable[[InT], OutT]"
+"""A function, or a coroutine function, that takes one item."""
+
+InBatches: TypeAlias = (
+    "Callable[[list[InT]], Awaitable[Answers[InT, OutT]]] | Callable[[list[InT]], Answers[InT, OutT]]"
+)
+"""One that takes a list of them."""
 
 
 class Many(Generic[OutT_co]):
@@ -165,28 +175,81 @@ class Stage(Generic[InT_contra, OutT_co]):
     @overload
     def __init__(
         self: Stage[InT, Many[OutT]],
-        fetch: Callable[[list[InT]], Answers[InT, Collection[OutT]]],
+        fetch: Callable[[list[InT], ContextT], Awaitable[Answers[InT, Collection[OutT]]]],
         *,
         batch_size: int,
         many: Literal[True],
+        context: Callable[[], AbstractAsyncContextManager[ContextT]],
         **options: Unpack[Options],
     ) -> None: ...
     @overload
     def __init__(
         self: Stage[InT, Many[OutT]],
-        fetch: Callable[[InT], Collection[OutT]],
+        fetch: Callable[[InT, ContextT], Awaitable[Collection[OutT]]],
         *,
         batch_size: Default | None = ...,
         many: Literal[True],
+        context: Callable[[], AbstractAsyncContextManager[ContextT]],
         **options: Unpack[Options],
     ) -> None: ...
     @overload
     def __init__(
         self: Stage[InT, OutT],
-        fetch: Callable[[list[InT]], Answers[InT, OutT]],
+        fetch: Callable[[list[InT], ContextT], Awaitable[Answers[InT, OutT]]],
         *,
         batch_size: int,
         many: Literal[False] | Default = ...,
+        context: Callable[[], AbstractAsyncContextManager[ContextT]],
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, OutT],
+        fetch: Callable[[InT, ContextT], Awaitable[OutT]],
+        *,
+        batch_size: Default | None = ...,
+        many: Literal[False] | Default = ...,
+        context: Callable[[], AbstractAsyncContextManager[ContextT]],
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, Many[OutT]],
+        fetch: InBatches[InT, Collection[OutT]],
+        *,
+        batch_size: int,
+        many: Literal[True],
+        context: None = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, Many[OutT]],
+        fetch: OneByOne[InT, Collection[OutT]],
+        *,
+        batch_size: Default | None = ...,
+        many: Literal[True],
+        context: None = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, OutT],
+        fetch: InBatches[InT, OutT],
+        *,
+        batch_size: int,
+        many: Literal[False] | Default = ...,
+        context: None = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stage[InT, OutT],
+        fetch: Callable[[InT], Awaitable[OutT]],
+        *,
+        batch_size: Default | None = ...,
+        many: Literal[False] | Default = ...,
+        context: None = ...,
         **options: Unpack[Options],
     ) -> None: ...
     @overload
@@ -196,11 +259,12 @@ class Stage(Generic[InT_contra, OutT_co]):
         *,
         batch_size: Default | None = ...,
         many: Literal[False] | Default = ...,
+        context: None = ...,
         **options: Unpack[Options],
     ) -> None: ...
     def __init__(  # noqa: PLR0913 - a stage's settings
         self,
-        fetch: Callable[[Any], Any],
+        fetch: Callable[..., Any],
         *,
         batch_size: int | Default | None = ONE_ITEM_A_CALL,
         workers: int | Default = WORKERS,

@@ -7,13 +7,27 @@ each that is not needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, assert_type
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Self, assert_type
 
 from tenacity import AsyncRetrying, Retrying, stop_after_attempt
 
-from twostage import BatchLengthError, Outcome, Outcomes, Stage, is_transient, iter_two_stage, run_two_stage
+from twostage import (
+    AsyncExecutor,
+    AsyncOutcomes,
+    BatchLengthError,
+    Outcome,
+    Outcomes,
+    Stage,
+    aiter_two_stage,
+    arun_two_stage,
+    is_transient,
+    iter_two_stage,
+    run_two_stage,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from concurrent.futures import Executor
     from pathlib import Path
 
@@ -256,6 +270,90 @@ def each_outcome(ids: list[int]) -> Iterator[Report]:
     job.close()
 
 
+# --- coroutine functions, and async code
+
+
+async def fetch_later(item: int) -> Token:
+    raise NotImplementedError
+
+
+async def fetch_all_later(items: list[int]) -> list[Token]:
+    raise NotImplementedError
+
+
+async def fetch_many_later(item: int) -> list[Token]:
+    raise NotImplementedError
+
+
+async def fetch_report_later(token: Token) -> Report:
+    raise NotImplementedError
+
+
+class Client:
+    async def __aenter__(self) -> Self:
+        raise NotImplementedError
+
+    async def __aexit__(self, *_: object) -> None:
+        raise NotImplementedError
+
+
+async def fetch_by(token: Token, client: Client) -> Report:
+    raise NotImplementedError
+
+
+async def fetch_all_by(items: list[int], client: Client) -> list[Token]:
+    raise NotImplementedError
+
+
+def coroutine_functions(ids: list[int]) -> None:
+    assert_type(run_two_stage(ids, fetch_later, fetch_report_later), list[Report])
+    assert_type(run_two_stage(ids, fetch_later, fetch_report), list[Report])
+    assert_type(run_two_stage(ids, fetch_token, fetch_report_later), list[Report])
+    assert_type(run_two_stage(ids, fetch_all_later, fetch_report_later, batch_size=9), list[Report])
+    assert_type(run_two_stage(ids, fetch_tokens, fetch_report_later, batch_size=9), list[Report])
+    assert_type(run_two_stage(ids, fetch_many_later, fetch_report_later, many=True), list[list[Report]])
+    assert_type(
+        run_two_stage(ids, fetch_later, fetch_report_later, return_exceptions=True), list[Report | Exception]
+    )
+    assert_type(run_two_stage(ids, Stage(fetch_later), fetch_report_later), list[Report])
+    assert_type(run_two_stage(ids, fetch_later, Stage(fetch_report_later)), list[Report])
+    assert_type(iter_two_stage(ids, fetch_later, fetch_report_later), Outcomes[int, Token, Report])
+    assert_type(Stage(fetch_later), Stage[int, Token])
+    assert_type(Stage(fetch_all_later, batch_size=9), Stage[int, Token])
+    assert_type(Stage(fetch_by, context=Client), Stage[Token, Report])
+    assert_type(Stage(fetch_all_by, batch_size=9, context=Client), Stage[int, Token])
+    run_two_stage(ids, fetch_later, ord)  # type: ignore[arg-type] # takes a str, gets a Token
+    Stage(fetch_report_later, context=Client)  # type: ignore[arg-type] # takes no client
+    Stage(fetch_by)  # type: ignore[arg-type] # needs one
+
+
+async def from_async_code(ids: list[int], later: AsyncIterator[int]) -> None:
+    assert_type(await arun_two_stage(ids, fetch_later, fetch_report_later), list[Report])
+    assert_type(await arun_two_stage(later, fetch_later, fetch_report_later), list[Report])
+    assert_type(await arun_two_stage(later, fetch_token, fetch_report), list[Report])
+    assert_type(await arun_two_stage(ids, fetch_all_later, fetch_report_later, batch_size=9), list[Report])
+    assert_type(
+        await arun_two_stage(ids, fetch_later, fetch_report_later, return_exceptions=True),
+        list[Report | Exception],
+    )
+    assert_type(
+        await arun_two_stage(ids, Stage(fetch_all_by, batch_size=9, context=Client), Stage(fetch_report)),
+        list[Report],
+    )
+    async with aiter_two_stage(later, fetch_later, fetch_report_later, ordered=True) as job:
+        assert_type(job, AsyncOutcomes[int, Token, Report])
+        async for outcome in job:
+            assert_type(outcome, Outcome[int, Token, Report])
+    await arun_two_stage(ids, fetch_later, ord)  # type: ignore[arg-type] # takes a str, gets a Token
+    await arun_two_stage(ids, fetch_later, fetch_report, ordered=True)  # type: ignore[call-overload]
+
+
+def executors() -> None:
+    with AsyncExecutor() as executor:
+        assert_type(executor.submit(fetch_later, 1), Future[Token])
+        executor.submit(fetch_later, "1")  # type: ignore[arg-type]
+
+
 def others(error: BatchLengthError) -> None:
     assert_type(error.expected, int)
     assert_type(error.returned, int)
@@ -263,10 +361,6 @@ def others(error: BatchLengthError) -> None:
 
 
 # --- what has to be refused
-
-
-async def fetch_later(item: int) -> Token:
-    raise NotImplementedError
 
 
 def fetch_mapping(items: list[int]) -> dict[int, Token]:
@@ -279,13 +373,12 @@ def generate_tokens(items: list[int]) -> Iterator[Token]:
 
 def wrong_functions(ids: list[int], words: list[str]) -> None:
     run_two_stage(words, fetch_token, fetch_report)  # type: ignore[arg-type] # takes an int, gets a str
-    run_two_stage(ids, fetch_token, ord)  # type: ignore[misc] # takes a str, gets a Token
+    run_two_stage(ids, fetch_token, ord)  # type: ignore[arg-type, misc] # takes a str, gets a Token
     run_two_stage(ids, fetch_token, Stage(ord))  # type: ignore[misc] # the same
-    run_two_stage(ids, fetch_later, fetch_report)  # type: ignore[misc] # takes a Token, gets a coroutine
-    run_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type, misc] # no batch_size
+    run_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type] # no batch_size
     run_two_stage(ids, fetch_token, fetch_report, batch_size=9)  # type: ignore[arg-type] # takes one item
     run_two_stage(ids, generate_tokens, fetch_report, batch_size=9)  # type: ignore[arg-type] # no length
-    iter_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type, misc] # no batch_size
+    iter_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type] # no batch_size
     iter_two_stage(ids, fetch_token, fetch_report, batch_size=9)  # type: ignore[arg-type] # takes one item
     Stage(fetch_token, batch_size=9)  # type: ignore[arg-type] # takes one item
 
