@@ -19,6 +19,8 @@ from twostage import is_transient, iter_two_stage, run_two_stage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from twostage.completions import Completions
+
 Run: TypeAlias = "Callable[..., list[Any]]"
 
 PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
@@ -64,6 +66,36 @@ def until(condition: Callable[[], object], what: object = "it") -> None:
     while not condition():
         assert time.monotonic() < end, f"{what} has not come"
         time.sleep(0.001)
+
+
+def goes_on() -> bool:
+    return any(thread.name == "twostage-coordinator" for thread in ours())
+
+
+class Clock:
+    """Stands for the drivers' clock: one that a test may put forward. It counts the wake-ups as well."""
+
+    def __init__(self) -> None:
+        self.waits: list[float | None] = []  # for how long the coordinator was ready to wait, each time
+        self.completions: list[Completions] = []
+        self._ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead
+
+    def advance(self, seconds: float) -> None:
+        """Puts the clock forward; returns when the coordinator has acted on it, or has ended."""
+        self._ahead += seconds
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        self._tell()
+        self._tell()  # when it hears of this, it has looked at the clock after the first
+
+    def _tell(self) -> None:
+        heard = threading.Event()
+        self.completions[-1].put((lambda *_: heard.set(), None, None, None))
+        until(lambda: heard.is_set() or not goes_on())
 
 
 def frames(error: BaseException) -> list[str]:

@@ -8,12 +8,16 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from common import Clock
 
+from twostage.completions import Completions
 from twostage.coordinator import Coordinator
 from twostage.testing import VirtualTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from twostage.completions import Event
 
 
 def pytest_collection_finish() -> None:
@@ -57,3 +61,23 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(Coordinator, "_end", end_and_tell)
     return event
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+
+    class Watched(Completions):
+        """Says how long is waited."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            clock.completions.append(self)
+
+        def take(self, timeout: float | None) -> list[Event]:
+            clock.waits.append(timeout)
+            return super().take(timeout)
+
+    monkeypatch.setattr("twostage.driver.Completions", Watched)
+    monkeypatch.setattr("twostage.driver.time", clock)
+    return clock

@@ -27,6 +27,7 @@ import pytest
 from common import (
     AT_ONCE,
     PATIENCE,
+    Clock,
     LeaveError,
     given_up_in,
     iterate,
@@ -58,57 +59,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from twostage.calls import Call
-    from twostage.completions import Event
-
-
-def goes_on() -> bool:
-    return any(thread.name == "twostage-coordinator" for thread in ours())
-
-
-class Clock:
-    """Stands for the drivers' clock: one that a test may put forward. It counts the wake-ups as well."""
-
-    def __init__(self) -> None:
-        self.waits: list[float | None] = []  # for how long the coordinator was ready to wait, each time
-        self.completions: list[Completions] = []
-        self._ahead = 0.0
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self._ahead
-
-    def advance(self, seconds: float) -> None:
-        """Puts the clock forward; returns when the coordinator has acted on it, or has ended."""
-        self._ahead += seconds
-        self.wake_up()
-
-    def wake_up(self) -> None:
-        self._tell()
-        self._tell()  # when it hears of this, it has looked at the clock after the first
-
-    def _tell(self) -> None:
-        heard = threading.Event()
-        self.completions[-1].put((lambda *_: heard.set(), None, None, None))
-        until(lambda: heard.is_set() or not goes_on())
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-
-    class Watched(Completions):
-        """Says how long is waited."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            clock.completions.append(self)
-
-        def take(self, timeout: float | None) -> list[Event]:
-            clock.waits.append(timeout)
-            return super().take(timeout)
-
-    monkeypatch.setattr("twostage.driver.Completions", Watched)
-    monkeypatch.setattr("twostage.driver.time", clock)
-    return clock
 
 
 class Hanging:
