@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
@@ -55,6 +56,11 @@ def iterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 
 
 
 each_way = pytest.mark.parametrize("job", [run, iterate, iterate_in_order])
+
+
+async def as_it_is(argument: Any) -> Any:  # noqa: ANN401 - of both stages
+    await asyncio.sleep(0)
+    return argument
 
 
 def ours() -> list[threading.Thread]:

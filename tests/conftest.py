@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvloop
 from common import Clock
 
+from twostage import AsyncExecutor
 from twostage.completions import Completions
 from twostage.coordinator import Coordinator
 from twostage.testing import VirtualTime
@@ -81,3 +83,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr("twostage.driver.Completions", Watched)
     monkeypatch.setattr("twostage.driver.time", clock)
     return clock
+
+
+@pytest.fixture(params=["a loop of its own", "asyncio", "uvloop"])
+def on(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Gives the setting of a stage that says which loop it has."""
+    if request.param == "a loop of its own":
+        yield {}
+        return
+    factory = uvloop.new_event_loop if request.param == "uvloop" else None
+    with AsyncExecutor(loop_factory=factory) as executor:
+        yield {"executor": executor}
