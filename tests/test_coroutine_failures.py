@@ -221,6 +221,8 @@ def test_cancelled_error_of_a_functions_own_is_its_items_failure(job: Run, on: d
     for result in results[1:3]:
         assert isinstance(result, Exception)
         assert str(result) == "the call's task was cancelled, and not by its job"
+        assert isinstance(result.__cause__, asyncio.CancelledError)
+        assert frames(result.__cause__)[0] == "fetch"
 
 
 @each_way

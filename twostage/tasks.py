@@ -201,7 +201,9 @@ class TaskRunner(Runner):
             self._begin_next()
             return
         if not began or isinstance(error, asyncio.CancelledError):
-            error = CancelledError("the call's task was cancelled, and not by its job")
+            cancelled = CancelledError("the call's task was cancelled, and not by its job")
+            cancelled.__cause__ = error
+            error = cancelled
         self._completions.put((self._attempt_ended, call, answer, error))
         if error is None:
             self._begin_next()
