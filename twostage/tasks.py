@@ -162,9 +162,14 @@ class TaskRunner(Runner):
                 self._values = (value,)
             self._loop = asyncio.get_running_loop()
             self._fill()
-            await self._closing.wait()
-            if self._hung:
-                await asyncio.wait(self._hung, timeout=LONGEST_CANCEL)
+            try:
+                await self._closing.wait()
+            finally:  # as Python ends, it is cancelled while attempts run
+                self._closing.set()
+                for task in list(self._running):
+                    task.cancel()
+                if left := {*self._running, *self._hung}:
+                    await asyncio.wait(left, timeout=LONGEST_CANCEL)
 
     def _fill(self) -> None:
         """Begins what was handed over, so much of it that the loop's other work is not held up."""
@@ -175,6 +180,8 @@ class TaskRunner(Runner):
         self._wake()
 
     def _begin_next(self) -> bool:
+        if self._closing.is_set():
+            return False
         try:
             call = (self._first or self._queue).popleft()
         except IndexError:

@@ -1,0 +1,317 @@
+"""Jobs on coroutine functions that end before their time, or whose script does; and attempts given up."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from textwrap import dedent, indent
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from common import (
+    PATIENCE,
+    Run,
+    as_it_is,
+    each_way,
+    ours,
+    source_of,
+    until,
+)
+from fakes import each, stage
+from test_interrupt import Interrupter, World, interrupt, interrupt_everywhere
+
+from twostage import iter_two_stage
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator
+
+WORKERS: Final = 3
+
+
+class Middle:
+    """A function whose first call returns, or raises when all places are taken; the others run to the end."""
+
+    def __init__(self, ending: threading.Event, error: BaseException | None = None) -> None:
+        self.begun: list[int] = []
+        self.done: list[int] = []
+        self._ending = ending
+        self._error = error
+
+    async def __call__(self, number: int) -> int:
+        self.begun.append(number)
+        if number > 0:
+            assert await asyncio.to_thread(self._ending.wait, PATIENCE)
+        elif self._error is not None:
+            await asyncio.to_thread(until, lambda: len(self.begun) == WORKERS)
+            raise self._error
+        self.done.append(number)
+        return number
+
+    def wait_until_busy(self) -> None:
+        until(lambda: len(self.begun) == 1 + WORKERS)
+
+    def assert_nothing_began(self) -> None:
+        assert sorted(self.begun) == sorted(self.done) == list(range(1 + WORKERS))
+
+
+@pytest.mark.parametrize("way", ["close", "raise", "break", "drop"])
+def test_left_stream_starts_nothing_more_and_waits_for_what_runs(
+    way: str, ending: threading.Event, on: dict[str, Any]
+) -> None:
+    closed: list[str] = []
+    calls = Middle(ending)
+
+    def consume() -> None:
+        outcomes = iter_two_stage(
+            source_of(itertools.count(), closed), each(int), stage(calls, workers=WORKERS, **on), batch_size=9
+        )
+        with outcomes if way in ("raise", "break") else nullcontext():
+            for _ in outcomes:
+                calls.wait_until_busy()
+                if way == "raise":
+                    raise LookupError
+                break
+        if way == "close":
+            outcomes.close()
+
+    with pytest.raises(LookupError) if way == "raise" else nullcontext():
+        consume()
+    until(lambda: len(ours()) == len(on))
+    calls.assert_nothing_began()
+    assert len(closed) == 1
+
+
+def test_close_waits_for_calls_of_stage_one_and_sends_nothing_on(
+    ending: threading.Event, on: dict[str, Any]
+) -> None:
+    calls = Middle(ending)
+    results: list[int] = []
+
+    async def fetch_result(token: int) -> None:
+        results.append(token)
+
+    with iter_two_stage(itertools.count(), stage(calls, workers=WORKERS, **on), fetch_result) as outcomes:
+        next(outcomes)
+        calls.wait_until_busy()
+    calls.assert_nothing_began()
+    assert results == [0]
+
+
+@each_way
+def test_failure_starts_nothing_more_and_waits_for_what_runs(
+    job: Run, ending: threading.Event, on: dict[str, Any]
+) -> None:
+    error = ValueError()
+    calls = Middle(ending, error)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - it is compared
+        job(itertools.count(), each(int), stage(calls, workers=WORKERS, **on), batch_size=9)
+    assert raised.value is error
+    assert sorted(calls.begun) == list(range(WORKERS))
+    assert sorted(calls.done) == list(range(1, WORKERS))
+
+
+@each_way
+def test_executor_that_has_been_shut_down_ends_the_job(job: Run, on: dict[str, Any]) -> None:
+    if on:
+        on["executor"].shutdown()
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            job([1], stage(as_it_is, **on), as_it_is)
+
+
+# --- Ctrl-C
+
+
+def run_of_coroutines(world: World) -> None:
+    async def fetch(token: int) -> int:
+        return world.fetch(token)
+
+    for _ in iter_two_stage(world.source(range(4)), fetch, fetch, window=4):
+        pass
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.002)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_interrupt_at_any_line_of_the_callers_half_ends_the_job() -> None:
+    def one(target: Any) -> Interrupter:  # noqa: ANN401 - a place, or none
+        return interrupt(run_of_coroutines, target)
+
+    assert interrupt_everywhere(one, "ThreadDriver") >= {"ThreadDriver.start", "ThreadDriver.join"}
+
+
+SCRIPT: Final = """
+    import asyncio, atexit, logging, signal, threading, time
+    from twostage import AsyncExecutor, Stage, iter_two_stage, run_two_stage
+    from twostage.coordinator import Coordinator
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
+
+    ALWAYS = Retrying(retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(9), wait=wait_none())
+    begun = []
+    finished = []
+
+    async def fetch_result(token):
+        begun.append(token)
+        if len(begun) == 4:
+            print("ready", flush=True)
+        try:
+            RUN
+        finally:
+            finished.append(token)
+        return token
+
+    def batches(batch):
+        return batch
+
+    async def awaited_batches(batch):
+        return batch
+
+"""
+
+
+@contextmanager
+def script(body: str, run: str) -> Iterator[subprocess.Popen[str]]:
+    text = dedent(SCRIPT).replace("RUN", run) + dedent(body)
+    command = [sys.executable, "-W", "error", "-c", text]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def interrupt_when(line: str, process: subprocess.Popen[str]) -> None:
+    """Waits for a line of the process, then interrupts it."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == line + "\n"
+    process.send_signal(signal.SIGINT)
+
+
+JOBS: Final = [
+    "run_two_stage(range(1000), awaited_batches, Stage(fetch_result, workers=4), batch_size=1000)",
+    "list(iter_two_stage(range(1000), batches, Stage(fetch_result, workers=4), batch_size=1000))",
+    """
+    with AsyncExecutor() as executor:
+        settings = {"workers": 4, "executor": executor}
+        run_two_stage(range(1000), awaited_batches, Stage(fetch_result, **settings), batch_size=1000)
+    """,
+]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=["run", "stream", "executor"])
+def test_sigint_ends_a_script_within_the_time_of_the_running_calls(job: str) -> None:
+    """All calls would take some 50 s."""
+    count = """
+        def interrupt(number, frame):
+            before = len(begun)
+            atexit.register(lambda: print(len(begun) - before, len(finished) - len(begun)))
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+    """
+    with script(dedent(count) + dedent(job), run="await asyncio.sleep(0.2)") as process:
+        interrupt_when("ready", process)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1
+    assert errors.endswith("\nKeyboardInterrupt\n")
+    after, cut_off = map(int, output.split())
+    assert after <= 4  # those that were just about to begin
+    assert cut_off == 0
+
+
+@pytest.mark.parametrize("job", JOBS[:2], ids=["run", "stream"])
+def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
+    """The calls, which take a minute, are cut off as the script ends."""
+    tell = """
+        end = Coordinator._end
+
+        def end_and_tell(coordinator, error):
+            is_news = not coordinator.ending
+            end(coordinator, error)
+            if is_news:
+                print("ending", flush=True)
+
+        Coordinator._end = end_and_tell
+    """
+    caught = """
+        except KeyboardInterrupt:
+            print("given up", len(finished), len(begun), flush=True)
+    """
+    body = dedent(tell) + "try:\n" + indent(dedent(job), "    ") + dedent(caught)
+    with script(body, run="await asyncio.sleep(60)") as process:
+        interrupt_when("ready", process)
+        interrupt_when("ending", process)  # the first interrupt has come: calls are awaited
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "given up 0 4\n"
+    assert errors == ""
+    assert process.returncode == 0
+
+
+# --- scripts that end with something unfinished
+
+
+@pytest.mark.parametrize("executor", [False, True])
+@pytest.mark.parametrize("first", ["batches", "awaited_batches"])
+@pytest.mark.parametrize(
+    "cleanup", ["pass", "await asyncio.sleep(0.01)", "raise LookupError", "return token"]
+)
+def test_script_that_leaves_a_stream_unfinished_ends_and_makes_no_more_calls(
+    first: str, cleanup: str, *, executor: bool
+) -> None:
+    """What runs is cancelled, and only then its context is left; what that fails by is not tried again."""
+    body = f"""
+        logging.disable()  # what is cut off may be said to be tried again
+
+        class Client:
+            async def __aenter__(self):
+                return self
+
+            async def __aexit__(self, *_):
+                print("leaves", len(finished) == len(begun), len(begun) - before, flush=True)
+                for _ in range(20):  # time enough for others
+                    await asyncio.sleep(0.001)
+                print("left", len(begun) - before, flush=True)
+
+        async def fetch(token, client):
+            try:
+                return await fetch_result(token)
+            except asyncio.CancelledError:
+                {cleanup}
+                raise
+
+        settings = {{"workers": 4, "context": Client, "retry": ALWAYS}}
+        executor = AsyncExecutor() if {executor} else None
+        outcomes = iter_two_stage(
+            range(1000), {first}, Stage(fetch, executor=executor, **settings), batch_size=1000
+        )
+        assert next(outcomes).result == 0
+        while len(begun) < 5:
+            time.sleep(0.001)
+        before = len(begun)
+    """
+    with script(body, run="await asyncio.sleep(0 if token == 0 else 60)") as process:
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "ready\nleaves True 0\nleft 0\n"
+    assert errors == ""
+    assert process.returncode == 0
+
+
+def test_script_that_leaves_an_executor_open_ends_when_its_calls_have() -> None:
+    body = """
+        executor = AsyncExecutor()
+        run_two_stage(range(4), batches, Stage(fetch_result, executor=executor), batch_size=4)
+        executor.submit(fetch_result, 5)
+    """
+    with script(body, run="await asyncio.sleep(0.01); print(token, flush=True)") as process:
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "ready\n0\n1\n2\n3\n5\n"
+    assert errors == ""
+    assert process.returncode == 0
