@@ -130,7 +130,7 @@ def run_of_coroutines(world: World) -> None:
     async def fetch(token: int) -> int:
         return world.fetch(token)
 
-    for _ in iter_two_stage(world.source(range(4)), fetch, fetch, window=4):
+    for _ in iter_two_stage(world.source(range(4)), fetch, stage(fetch), window=4):
         pass
 
 

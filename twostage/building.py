@@ -332,7 +332,7 @@ def _line(
     title = "stage one" if one else "stage two"
     gates: list[Gate] = [RateGate(rate, argument) for rate in rates_of(stage.rate, "rate")]
     if stage.attempt_timeout is not None:
-        gates.append(HungGate(title, workers, stage.patience))
+        gates.append(HungGate(title, workers, stage.patience, keep_places=stage.awaits))
     return Line(
         title,
         math.inf if ahead and (stage.executor is None or stage.awaits) and not gates else workers,

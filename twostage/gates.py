@@ -225,18 +225,21 @@ class HungGate(Gate):
         name: What messages call the stage.
         workers: How many.
         patience: For how many seconds that may be so before the job ends; `None`: for ever.
+        keep_places: Whether each of them keeps its place, so that fewer others may run.
     """
 
-    def __init__(self, name: str, workers: int, patience: float | None) -> None:
+    def __init__(self, name: str, workers: int, patience: float | None, *, keep_places: bool = False) -> None:
         self._name = name
         self._workers = workers
         self._patience = math.inf if patience is None else patience
+        self._keep_places = keep_places
         self._since: float | None = None
 
     def when_may_start(self, now: float, runner: Runner, call: Call | None = None) -> float:  # noqa: ARG002 - a gate's
         if runner.given_up < self._workers:
             self._since = None
-            return now
+            full = self._keep_places and runner.out + runner.given_up >= self._workers
+            return math.inf if full else now
         if self._since is None:
             self._since = now
         until = self._since + self._patience
