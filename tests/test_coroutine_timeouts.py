@@ -31,15 +31,19 @@ from common import (
     iterate,
     nothing_collected,
     ours,
+    run,
     until,
 )
 from fakes import each, outcomes_of, stage
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_none
 
 from twostage import AttemptTimeout, iter_two_stage
+from twostage.testing import sleep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from twostage.testing import VirtualTime
 
 
 class Hanging:
@@ -416,3 +420,21 @@ def test_end_and_giving_up_race_and_one_of_them_wins(seed: int, on: dict[str, An
     assert len(results) == 100
     for item, result in enumerate(results):
         assert isinstance(result, AttemptTimeout) or result == item + 2
+
+
+# --- in virtual time
+
+
+def test_in_virtual_time_a_task_that_is_given_up_has_ended(virtual: VirtualTime) -> None:
+    """Two places, and calls that hang for longer than patience."""
+    attempts: Counter[int] = Counter()
+
+    async def fetch(item: int) -> int:
+        attempts[item] += 1
+        sleep(1e6 if attempts[item] < 3 and item < 4 else 1)
+        return item
+
+    timed = stage(fetch, workers=2, attempt_timeout=10, patience=60, retry=AT_ONCE)
+    assert run(range(6), each(int), timed, batch_size=6) == list(range(6))
+    assert attempts == {0: 3, 1: 3, 2: 3, 3: 3, 4: 1, 5: 1}
+    assert virtual.now == 43

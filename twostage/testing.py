@@ -386,7 +386,8 @@ class _VirtualRunner(Runner):
 
     def end(self, attempt: int, call: Call, answer: object, error: BaseException | None) -> None:
         if self.running.pop(attempt, None) is None:
-            self._driver.send((self._given_up_ended, None, None, None))
+            if not self._work.awaits:
+                self._driver.send((self._given_up_ended, None, None, None))
             return
         failure = "" if error is None else f", {type(error).__name__}"
         self._virtual._record("end", _name(self._work.stage, call) + failure)  # noqa: SLF001
@@ -408,7 +409,8 @@ class _VirtualRunner(Runner):
                 del self.running[attempt]
                 self._virtual._record("give up", _name(self._work.stage, call))  # noqa: SLF001 - as above
                 self.idle += 1
-                self.given_up += 1
+                if not self._work.awaits:  # a task is cancelled, and has ended by that
+                    self.given_up += 1
                 self.out -= 1
                 self._work.ended(call, None, given_up(self._work, call))
 
