@@ -96,7 +96,7 @@ class Array:
         raise ValueError("The truth value of an array with more than one element is ambiguous")
 
 
-def stage(fetch: Callable[[Any], Any], **settings: Any) -> Any:  # noqa: ANN401 - of any items, for any job
+def stage(fetch: Callable[..., Any], **settings: Any) -> Any:  # noqa: ANN401 - of any items, for any job
     return Stage(fetch, **settings)
 
 

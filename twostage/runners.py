@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -15,13 +17,20 @@ from twostage.errors import AttemptTimeout
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Executor, Future
-    from contextlib import AbstractAsyncContextManager
     from contextvars import Context
 
     from twostage.calls import Call
     from twostage.completions import Completions, Handler
 
-__all__ = ["Clock", "ExecutorRunner", "Runner", "Work", "given_up"]
+__all__ = [
+    "Clock",
+    "ExecutorRunner",
+    "Runner",
+    "Work",
+    "given_up",
+    "left_badly",
+    "made_context",
+]
 
 log = logging.getLogger("twostage")
 
@@ -107,6 +116,28 @@ def given_up(work: Work, call: Call) -> AttemptTimeout:
         *(work.stage, told(call), work.attempt_timeout),
     )
     return AttemptTimeout(f"the attempt took longer than attempt_timeout={work.attempt_timeout:g} s")
+
+
+def made_context(work: Work) -> AbstractAsyncContextManager[Any]:
+    """Returns what a stage's `context` makes, for which the stage must have one.
+
+    Raises:
+        TypeError: It is no async context manager.
+    """
+    assert work.context is not None  # noqa: S101 - for the type checker
+    made: object = work.context()
+    if isinstance(made, AbstractAsyncContextManager):
+        return made
+    if inspect.iscoroutine(made):
+        made.close()
+    raise TypeError(
+        f"{work.stage}: context returned {type(made).__name__}; expected an async context manager"
+    )
+
+
+def left_badly(work: Work, error: BaseException) -> None:
+    """Says that a context has failed as it was left, when all that it was for is done."""
+    log.warning("%s: its context has failed as it was left: %r", work.stage, type(error))
 
 
 class _Attempt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
@@ -331,6 +332,8 @@ class Stage(Generic[InT_contra, OutT_co]):
     def _check_awaited(self) -> None:
         """Checks what depends on whether `fetch` is awaited."""
         if self.awaits:
+            if inspect.isasyncgenfunction(self.context):
+                raise TypeError("context is an async generator function; put @asynccontextmanager over it")
             if self.context is not None:
                 check_function(self.context, "context")
         elif self.context is not None:

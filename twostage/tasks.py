@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
 import math
 from collections import deque
 from concurrent.futures import CancelledError, Future
@@ -14,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.async_executor import LOT, ended
-from twostage.runners import Runner, given_up
+from twostage.runners import Runner, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from twostage.runners import Clock, Work
 
 __all__ = ["Submit", "TaskRunner"]
-
-log = logging.getLogger("twostage")
 
 Submit: TypeAlias = "Callable[[Callable[[], Coroutine[Any, Any, None]]], Future[None]]"
 """Runs a coroutine function on a loop, until its future is cancelled, as `AsyncExecutor.submit` does."""
@@ -67,8 +64,8 @@ class TaskRunner(Runner):
 
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         if self._served is None:
-            self._served = self._submit(self._serve)
-            self._completions.add(self._served, (self._serve_ended, self._served, None, None))
+            self._served = self._work.variables.copy().run(self._submit, self._serve)
+            self._completions.add(self._served, (self._serve_ended, None, None, None))
             atexit.register(self._served.cancel)  # a job that is left would keep Python from ending
         self.out += len(calls)
         (self._first if first else self._queue).extend(calls)
@@ -79,9 +76,12 @@ class TaskRunner(Runner):
             self._woken = True
             self._loop.call_soon_threadsafe(self._fill)
 
-    def _serve_ended(self, served: Future[None], _answer: object, _error: BaseException | None) -> None:
+    def _serve_ended(self, _subject: object, _answer: object, _error: BaseException | None) -> None:
+        served = cast("Future[None]", self._served)
         if served.cancelled():
-            raise CancelledError("the event loop has ended while the job ran")
+            raise CancelledError(
+                f"{self._work.stage}: its task on the event loop was cancelled, not by the job"
+            )
         error = served.exception()
         if error is not None:
             raise error
@@ -149,17 +149,17 @@ class TaskRunner(Runner):
         with contextlib.suppress(CancelledError):
             error = served.exception()
             if error is not None and self._loop is not None:
-                log.warning("%s: its context has failed as it was left: %r", self._work.stage, type(error))
+                left_badly(self._work, error)
         atexit.unregister(served.cancel)
+        self._served = None  # it holds its event, which leads back here
         self.given_up = len(self._hung)
 
     # --- in the loop's thread
 
     async def _serve(self) -> None:
-        context = self._work.context
-        async with nullcontext() if context is None else context() as value:
-            if context is not None:
-                self._values = (value,)
+        has_one = self._work.context is not None
+        async with made_context(self._work) if has_one else nullcontext() as value:
+            self._values = (value,) if has_one else ()
             self._loop = asyncio.get_running_loop()
             self._fill()
             try:
@@ -170,6 +170,7 @@ class TaskRunner(Runner):
                     task.cancel()
                 if left := {*self._running, *self._hung}:
                     await asyncio.wait(left, timeout=LONGEST_CANCEL)
+                self._values = ()
 
     def _fill(self) -> None:
         """Begins what was handed over, so much of it that the loop's other work is not held up."""
