@@ -33,6 +33,7 @@ from fakes import each, notes, stage
 from twostage import AttemptTimeout, RunTimeout, iter_two_stage
 from twostage._embedded_answers import token_of
 from twostage._embedded_api import EmbeddedApi
+from twostage.testing import VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -330,7 +331,10 @@ def test_one_that_is_cancelled_as_it_is_entered_ends_the_job(on: dict[str, Any])
         (lambda: httpx.AsyncClient, "type"),
     ],
 )
-def test_what_is_no_context_manager_is_told_before_any_call(context: Callable[[], Any], made: str) -> None:
+@pytest.mark.parametrize("virtual", [False, True])
+def test_what_is_no_context_manager_is_told_before_any_call(
+    context: Callable[[], Any], made: str, *, virtual: bool
+) -> None:
     calls: list[int] = []
 
     async def fetch(item: int, _: object) -> None:
@@ -338,8 +342,8 @@ def test_what_is_no_context_manager_is_told_before_any_call(context: Callable[[]
 
     bad = stage(fetch, context=context)
     message = f"^stage two: context returned {made}; expected an async context manager$"
-    with pytest.raises(TypeError, match=message):
-        run(range(9), as_it_is, bad, return_exceptions=True)
+    with VirtualTime() if virtual else nullcontext(), pytest.raises(TypeError, match=message):
+        run(range(9), as_it_is if not virtual else int, bad, return_exceptions=True)
     assert not calls
 
 
@@ -491,6 +495,63 @@ def test_it_is_left_though_a_task_refuses_to_end(
         assert next(outcomes, None) is None
     assert happened[:3] == ["entered", "refused", "left"]
     loops[0].call_soon_threadsafe(goes_on.set)
+
+
+# --- virtual time
+
+
+def test_in_virtual_time_it_is_the_same(virtual: VirtualTime) -> None:
+    happened: list[str] = []
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[str]:
+        happened.append("entered")
+        yield "client"
+        happened.append("left")
+
+    async def fetch(item: int, client: str) -> str:
+        assert happened == ["entered"]
+        sleep(1)
+        return client
+
+    assert run(range(300), int, stage(fetch, context=make)) == ["client"] * 300
+    assert happened == ["entered", "left"]
+    assert virtual.now == 3
+
+
+@each_way
+def test_in_virtual_time_one_that_fails_as_it_is_entered_ends_the_job(job: Run, virtual: VirtualTime) -> None:
+    entered = 0
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[None]:
+        nonlocal entered
+        entered += 1
+        if entered:
+            raise ConnectionError
+        yield
+
+    with pytest.raises(ConnectionError) as raised:
+        job(range(300), int, stage(fetch, context=make, retry=AT_ONCE), return_exceptions=True)
+    assert not notes(raised.value)
+    assert entered == 1
+
+
+def test_in_virtual_time_one_that_fails_as_it_is_left_is_logged(
+    virtual: VirtualTime, caplog: pytest.LogCaptureFixture
+) -> None:
+    @asynccontextmanager
+    async def make() -> AsyncIterator[None]:
+        yield
+        raise LookupError
+
+    async def fetch(item: int, _: None) -> int:
+        return item
+
+    assert run(range(3), int, stage(fetch, context=make)) == [0, 1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "stage two: its context has failed as it was left: <class 'LookupError'>"
+    ]
 
 
 # --- real clients

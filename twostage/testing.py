@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Generator
+from contextlib import AsyncExitStack
 from contextvars import copy_context
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
 from twostage.calls import Batch, ListedToken
 from twostage.driver import world
 from twostage.errors import without_our_frames
-from twostage.runners import Runner, Work, given_up
+from twostage.runners import Runner, Work, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -352,7 +353,7 @@ class _VirtualRunner(Runner):
         self._driver = driver
         self._virtual = virtual
         self._work = work
-        self._leave: Callable[[], object] | None = None  # the context, once it has been entered
+        self._entered: AsyncExitStack | None = None  # the context, once an attempt needed it
         self._values: tuple[object, ...] = ()
         self._queue: deque[Call] = deque()
         self._first: deque[Call] = deque()
@@ -366,15 +367,21 @@ class _VirtualRunner(Runner):
         """Calls the stage's function; a coroutine runs to its end at once."""
         if not self._work.awaits:
             return self._work.fetch(asked)
-        if self._work.context is not None and self._leave is None:
-            context = self._work.context()
-            self._values = (_run(context.__aenter__()),)
-            self._leave = lambda: _run(context.__aexit__(None, None, None))
+        if self._work.context is not None and self._entered is None:
+            self._entered = AsyncExitStack()
+            try:
+                self._values = (_run(self._entered.enter_async_context(made_context(self._work))),)
+            except BaseException:
+                self.idle = 0  # nothing more begins
+                raise
         return _run(self._work.fetch(asked, *self._values))
 
     def join(self) -> None:
-        if self._leave is not None:
-            self._leave()
+        if self._entered is not None:
+            try:
+                _run(self._entered.aclose())
+            except Exception as error:  # noqa: BLE001 - whatever the user's context raises
+                left_badly(self._work, error)
 
     def fill(self) -> None:
         """Has idle workers begin what was handed over."""
@@ -398,6 +405,8 @@ class _VirtualRunner(Runner):
 
     def _attempt_ended(self, call: Call, answer: object, error: BaseException | None) -> None:
         self.out -= 1
+        if error is not None and self._work.context is not None and not self._values:
+            raise error  # the context could not be entered: the job's end
         self._work.ended(call, answer, error)
 
     def _given_up_ended(self, _subject: object, _answer: object, _error: BaseException | None) -> None:
