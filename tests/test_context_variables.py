@@ -126,7 +126,9 @@ def test_job_on_the_executor_that_its_caller_holds_a_thread_of_is_refused() -> N
         def nested(token: int) -> list[int]:
             return run_two_stage([token], int, Stage(int, executor=pool))
 
-        with pytest.raises(RuntimeError, match=r"^the executor <.*> runs the attempt that starts"):
+        with pytest.raises(
+            RuntimeError, match="the executor of fetch_result's Stage runs the attempt that starts"
+        ):
             run_two_stage([1], int, Stage(nested, executor=pool))
 
         def deeper(token: int) -> list[list[int]]:

@@ -291,10 +291,10 @@ def _coordinator(
     )
     results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
     token_line.runner = driver.runner(
-        _work(first, token_argument, coordinator.batch_ended, _executor(first.stage, second.stage, driver))
+        _work(first, token_argument, coordinator.batch_ended, _executor(first, second.stage, driver))
     )
     result_line.runner = driver.runner(
-        _work(second, result_argument, results_ended, _executor(second.stage, first.stage, driver))
+        _work(second, result_argument, results_ended, _executor(second, first.stage, driver))
     )
     return coordinator
 
@@ -347,15 +347,16 @@ def _line(
     )
 
 
-def _executor(stage: Stage[Any, Any], other: Stage[Any, Any], driver: Driver) -> Executor | None:
+def _executor(settings: Settings, other: Stage[Any, Any], driver: Driver) -> Executor | None:
     """Returns where a stage's attempts run: coroutines on the other one's loop, as clients belong to one."""
+    stage = settings.stage
     shared = stage.executor is None and stage.awaits and other.awaits
     executor = other.executor if shared else stage.executor
     awaited = isinstance(driver, LoopDriver) and stage.awaits  # an attempt that waits holds no worker then
     if executor is not None and not awaited and any(executor is one for one in _running_on.get()):
         raise RuntimeError(
-            f"the executor {executor!r} runs the attempt that starts this job, which could then wait for "
-            "itself for ever; expected another executor"
+            f"the executor of {settings.name}'s Stage runs the attempt that starts this job, which could then "
+            "wait for itself for ever; expected another executor"
         )
     return executor
 
