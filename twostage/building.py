@@ -355,8 +355,8 @@ def _executor(settings: Settings, other: Stage[Any, Any], driver: Driver) -> Exe
     awaited = isinstance(driver, LoopDriver) and stage.awaits  # an attempt that waits holds no worker then
     if executor is not None and not awaited and any(executor is one for one in _running_on.get()):
         raise RuntimeError(
-            f"the executor of {settings.name}'s Stage runs the attempt that starts this job, which could then "
-            "wait for itself for ever; expected another executor"
+            f"the executor of {settings.name}'s Stage runs the attempt that starts this job, which could "
+            "then wait for itself for ever; expected another executor"
         )
     return executor
 
