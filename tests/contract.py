@@ -54,6 +54,8 @@ class Plan:
     max_failures: float | None = None
     linger: float | None = None
     pace: Pace | None = None
+    awaited: tuple[bool, bool] = (False, False)
+    """Which stages have coroutine functions."""
 
     @property
     def may_end_early(self) -> bool:
@@ -147,7 +149,9 @@ def drawn_plan(seed: int) -> Plan:
         seed=seed,
         answers=answers,
     )
-    return with_pace(with_ends(plan, random.Random(-1 - seed)), random.Random(f"pace {seed}"))
+    plan = with_pace(with_ends(plan, random.Random(-1 - seed)), random.Random(f"pace {seed}"))
+    awaited = random.Random(f"awaited {seed}")
+    return replace(plan, awaited=(awaited.random() < 0.3, awaited.random() < 0.3))
 
 
 def with_ends(plan: Plan, rng: random.Random) -> Plan:
@@ -377,6 +381,19 @@ class Ended(NamedTuple):
     outcomes: Sequence[Outcome[int, str, int]] = ()
 
 
+def same(fetch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return fetch
+
+
+def awaited(fetch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes a coroutine function of a plain one."""
+
+    async def call(argument: Any) -> Any:  # noqa: ANN401 - of any stage
+        return fetch(argument)
+
+    return call
+
+
 def run(plan: Plan, watch: Watch) -> Ended:
     """Runs the plan's job."""
     retry = Retrying(
@@ -385,11 +402,12 @@ def run(plan: Plan, watch: Watch) -> Ended:
         wait=wait_fixed(WAIT),
     )
     paced = {} if plan.pace is None else plan.pace.stage
+    awaits_first, awaits_second = (awaited if one else same for one in plan.awaited)
     first: Any = (
-        Stage(watch.fetch_token, workers=plan.workers[0], retry=retry, **paced)
+        Stage(awaits_first(watch.fetch_token), workers=plan.workers[0], retry=retry, **paced)
         if plan.batch_size is None
         else Stage(
-            watch.fetch_tokens,
+            awaits_first(watch.fetch_tokens),
             batch_size=plan.batch_size,
             workers=plan.workers[0],
             retry=retry,
@@ -397,7 +415,8 @@ def run(plan: Plan, watch: Watch) -> Ended:
             **paced,
         )
     )
-    second: Any = Stage(watch.fetch_result, workers=plan.workers[1], retry=retry, **paced)
+    fetch_result = awaits_second(watch.fetch_result)
+    second: Any = Stage(fetch_result, workers=plan.workers[1], retry=retry, **paced)
     settings: dict[str, Any] = {
         "window": plan.window,
         "return_exceptions": plan.return_exceptions,
@@ -411,7 +430,11 @@ def run(plan: Plan, watch: Watch) -> Ended:
         if plan.answers.result_batch is not None:
             size = plan.answers.result_batch
             second = Stage(
-                watch.fetch_results, batch_size=size, workers=plan.workers[1], retry=retry, **paced
+                awaits_second(watch.fetch_results),
+                batch_size=size,
+                workers=plan.workers[1],
+                retry=retry,
+                **paced,
             )
     outcomes: list[Outcome[int, str, int]] = []
     try:

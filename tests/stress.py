@@ -1,4 +1,4 @@
-"""Thousands of short jobs on real threads that switch all the time, with failures everywhere; then SIGINT.
+"""Thousands of short jobs on threads and loops that switch all the time, and fail everywhere; then SIGINT.
 
 `python tests/stress.py --jobs 3000`. Afterwards threads, file descriptors and live futures are as many as
 before. A job that hangs is dumped by `faulthandler`, and the run fails.
@@ -7,6 +7,7 @@ before. A job that hangs is dumped by `faulthandler`, and the run fails.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import faulthandler
 import gc
 import logging
@@ -18,19 +19,23 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tenacity import Retrying, stop_after_attempt, wait_random
 
-from twostage import AttemptTimeout, Stage, iter_two_stage, run_two_stage
+from twostage import AsyncExecutor, AttemptTimeout, Stage, iter_two_stage, run_two_stage
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from concurrent.futures import Executor
 
 HANG = 60.0
 """Seconds without a job's end after which all stacks are dumped."""
+
+LOOP_TICK = 0.001
+"""A loop sleeps no shorter than that."""
 
 
 class SourceError(Exception):
@@ -58,6 +63,9 @@ class Job:
         self.shared_pool = rng.random() < 0.2
         self.chance = random.Random(rng.random())
         self.attempt_timeout = None if self.shared_pool else rng.choice((None, None, 0.0003, 0.002))
+        self.awaited = rng.random() < 0.3, rng.random() < 0.3  # which stages have coroutine functions
+        self.clients = rng.random() < 0.5
+        self.in_use = 0  # clients
 
     def source(self) -> Iterator[int]:
         for item in range(self.items):
@@ -65,24 +73,47 @@ class Job:
                 raise SourceError
             yield item
 
-    def attempt(self) -> None:
+    def naps(self, attempt_timeout: float | None) -> Iterator[float]:
+        """Yields how long an attempt takes, and then fails at times."""
         if self.nap:
-            time.sleep(self.nap * self.chance.random())
-        if self.attempt_timeout is not None:  # some take a little longer, and some about as long
-            time.sleep(self.attempt_timeout * self.chance.choice((0.1, 0.5, 0.9, 1.1)))
+            yield self.nap * self.chance.random()
+        if attempt_timeout is not None:  # some take a little longer, and some about as long
+            yield attempt_timeout * self.chance.choice((0.1, 0.5, 0.9, 1.1))
         if self.chance.random() < self.fail:
             raise ApiError(503)
 
-    def fetch_token(self, item: int) -> int:
-        self.attempt()
+    def plain(self, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def fetch(argument: Any) -> Any:  # noqa: ANN401 - an item, a batch of them, or a token
+            for seconds in self.naps(self.attempt_timeout):
+                time.sleep(seconds)
+            return answer(argument)
+
+        return fetch
+
+    def coroutine(self, answer: Callable[[Any], Any]) -> Callable[..., Any]:
+        async def fetch(argument: Any, client: Job | None = None) -> Any:  # noqa: ANN401 - as above
+            assert (client is self) == self.clients
+            for seconds in self.naps(self.attempt_timeout and LOOP_TICK * 3):
+                await asyncio.sleep(seconds)
+            return answer(argument)
+
+        return fetch
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Job]:
+        self.in_use += 1
+        await asyncio.sleep(0)
+        yield self
+        await asyncio.sleep(0)
+        self.in_use -= 1
+
+    def token(self, item: int) -> int:
         return item + 1
 
-    def fetch_tokens(self, batch: list[int]) -> list[int]:
-        self.attempt()
+    def tokens(self, batch: list[int]) -> list[int]:
         return [item + 1 for item in batch]
 
-    def fetch_result(self, token: int) -> int:
-        self.attempt()
+    def result(self, token: int) -> int:
         if token - 1 == self.lasting:
             raise LookupError
         return -token
@@ -100,27 +131,35 @@ class Job:
                     raise ConsumerError
         return [result for _, result in sorted(results.items())]
 
+    def stage(self, place: int, answer: Callable[[Any], Any], pools: Sequence[Executor]) -> Stage[Any, Any]:
+        """Returns stage one or two, which gives `answer`."""
+        awaited = self.awaited[place]
+        settings: dict[str, Any] = {"attempt_timeout": self.attempt_timeout}
+        if awaited and self.attempt_timeout is not None:
+            settings = {"attempt_timeout": LOOP_TICK * 3, "patience": 1.0}  # or it waits long for probes
+        if awaited and self.clients:
+            settings["context"] = self.client
+        if place == 0 and self.batch_size is not None:
+            settings["batch_size"] = self.batch_size
+        return Stage(
+            self.coroutine(answer) if awaited else self.plain(answer),
+            workers=self.workers[place],
+            executor=pools[awaited] if pools else None,
+            retry=Retrying(
+                retry=lambda state: isinstance(
+                    state.outcome and state.outcome.exception(), ApiError | AttemptTimeout
+                ),
+                stop=stop_after_attempt(50),
+                wait=wait_random(0, 0.0003),
+            ),
+            **settings,
+        )
+
     def check(self) -> None:
         """Runs the job and checks what it gives."""
-        retry = Retrying(
-            retry=lambda state: isinstance(
-                state.outcome and state.outcome.exception(), ApiError | AttemptTimeout
-            ),
-            stop=stop_after_attempt(50),
-            wait=wait_random(0, 0.0003),
-        )
-        pool = ThreadPoolExecutor(3) if self.shared_pool else None
-        settings: dict[str, Any] = {
-            "retry": retry,
-            "executor": pool,
-            "attempt_timeout": self.attempt_timeout,
-        }
-        first: Stage[Any, int] = (
-            Stage(self.fetch_token, workers=self.workers[0], **settings)
-            if self.batch_size is None
-            else Stage(self.fetch_tokens, workers=self.workers[0], batch_size=self.batch_size, **settings)
-        )
-        second = Stage(self.fetch_result, workers=self.workers[1], **settings)
+        pools = (ThreadPoolExecutor(3), AsyncExecutor()) if self.shared_pool else ()
+        first = self.stage(0, self.token if self.batch_size is None else self.tokens, pools)
+        second = self.stage(1, self.result, pools)
         try:
             assert self.run(first, second) == [-item - 1 for item in range(self.items)]
         except SourceError:
@@ -132,8 +171,9 @@ class Job:
         except ConsumerError:
             assert self.consumer_leaves is not None
         finally:
-            if pool is not None:
+            for pool in pools:
                 pool.shutdown()
+        assert not self.in_use
 
 
 def census() -> tuple[int, int, int]:
@@ -168,12 +208,19 @@ def run_jobs(number: int, seed: int) -> None:
 
 
 ENDLESS = """
-import itertools, sys, threading, time
+import asyncio, itertools, sys, threading, time
 from twostage import run_two_stage, iter_two_stage
 
 def call(argument):
     time.sleep(0.001)
     return argument
+
+async def awaited(argument):
+    await asyncio.sleep(0.001)
+    return argument
+
+if sys.argv[2] == "coroutines":
+    call = awaited
 
 def source():
     for item in itertools.count():
@@ -192,8 +239,8 @@ else:
 
 def interrupt(rng: random.Random) -> None:
     """Sends SIGINT to a job at a random moment, and looks at how its process ends."""
-    form = rng.choice(("list", "stream"))
-    script = [sys.executable, "-c", ENDLESS, form]
+    form, kind = rng.choice(("list", "stream")), rng.choice(("threads", "coroutines"))
+    script = [sys.executable, "-c", ENDLESS, form, kind]
     with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
