@@ -315,3 +315,18 @@ def test_script_that_leaves_an_executor_open_ends_when_its_calls_have() -> None:
     assert output == "ready\n0\n1\n2\n3\n5\n"
     assert errors == ""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("left", ["next(outcomes)", "executor.submit(fetch_result, 5)"])
+def test_script_ends_quietly_though_its_calls_have_used_threads(left: str) -> None:
+    """As asyncio's own look-up of a host's name does."""
+    body = f"""
+        executor = AsyncExecutor()
+        settings = {{"workers": 4, "executor": executor}}
+        outcomes = iter_two_stage(range(100), batches, Stage(fetch_result, **settings), batch_size=100)
+        {left}
+    """
+    with script(body, run="await asyncio.to_thread(time.sleep, 0.001)") as process:
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert errors == ""
+    assert process.returncode == 0

@@ -242,12 +242,16 @@ class _LoopThread:
             made.set_exception(error)
             return
         made.set_result(loop)
-        with runner:
+        try:
             main = loop.create_task(self._finished.wait())
             while not main.done():
                 # A task that a call has started may raise them: they are for those who await it.
                 with contextlib.suppress(SystemExit, KeyboardInterrupt):
                     loop.run_until_complete(main)
+        finally:
+            # Python 3.12 has no thread to join those of `to_thread` with, when it ends; they have ended then.
+            with contextlib.suppress(RuntimeError):
+                runner.close()
 
     def _wake(self) -> None:
         if not self._woken:
