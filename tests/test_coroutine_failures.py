@@ -33,6 +33,8 @@ from twostage import (
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
+    from twostage.testing import VirtualTime
+
 
 # --- failures
 
@@ -270,3 +272,31 @@ def test_task_that_a_call_has_created_may_raise_anything(
     assert job(range(20), as_it_is, stage(fetch, **on)) == list(range(20))
     with pytest.raises(error):
         job(range(30), as_it_is, stage(fetch, **on), return_exceptions=True)
+
+
+@each_way
+def test_in_virtual_time_failures_are_the_same(job: Run, virtual: VirtualTime) -> None:
+    async def fetch(item: int) -> int:
+        if item == 1:
+            raise asyncio.CancelledError
+        if item == 2:
+            raise StopIteration
+        if item == 3:
+            raise LookupError
+        return item
+
+    def takes_no_time(item: int) -> Any:  # noqa: ANN401 - a coroutine or not
+        return item if item == 5 else fetch(item)
+
+    awaited = stage(functools.wraps(fetch)(takes_no_time))
+    results = job(range(6), int, awaited, return_exceptions=True)
+    assert [results[0], results[4]] == [0, 4]
+    assert [str(results[1]), repr(results[3])] == [
+        "the call's task was cancelled, and not by its job",
+        "LookupError()",
+    ]
+    assert frames(results[3]) == frames(results[1].__cause__) == ["fetch"]
+    assert isinstance(results[2].__cause__, StopIteration)
+    assert "returned int, which can't be awaited" in str(results[5])
+    with pytest.raises(RuntimeError, match="a coroutine awaits what takes real time"):
+        job([1], int, as_it_is)

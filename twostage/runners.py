@@ -118,6 +118,13 @@ def given_up(work: Work, call: Call) -> AttemptTimeout:
     return AttemptTimeout(f"the attempt took longer than attempt_timeout={work.attempt_timeout:g} s")
 
 
+def cancelled(error: BaseException | None) -> CancelledError:
+    """Returns the failure of an attempt that was cancelled by something else than its job."""
+    failure = CancelledError("the call's task was cancelled, and not by its job")
+    failure.__cause__ = error
+    return failure
+
+
 def made_context(work: Work) -> AbstractAsyncContextManager[Any]:
     """Returns what a stage's `context` makes, for which the stage must have one.
 

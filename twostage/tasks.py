@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.async_executor import LOT, ended
-from twostage.runners import Runner, given_up, left_badly, made_context
+from twostage.runners import Runner, cancelled, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -209,9 +209,7 @@ class TaskRunner(Runner):
             self._begin_next()
             return
         if not began or isinstance(error, asyncio.CancelledError):
-            cancelled = CancelledError("the call's task was cancelled, and not by its job")
-            cancelled.__cause__ = error
-            error = cancelled
+            error = cancelled(error)
         self._completions.put((self._attempt_ended, call, answer, error))
         if error is None:
             self._begin_next()

@@ -17,6 +17,7 @@ consumer `sleep` passes too, with the calls going on meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import math
 import random
@@ -29,10 +30,11 @@ from contextvars import copy_context
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
 
+from twostage.async_executor import ended
 from twostage.calls import Batch, ListedToken
 from twostage.driver import world
 from twostage.errors import without_our_frames
-from twostage.runners import Runner, Work, given_up, left_badly, made_context
+from twostage.runners import Runner, Work, cancelled, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +51,7 @@ __all__ = ["ApiError", "Latency", "SimulatedApi", "VirtualTime", "sleep"]
 
 ArgumentT = TypeVar("ArgumentT")
 AnswerT = TypeVar("AnswerT")
+T = TypeVar("T")
 
 Latency: TypeAlias = "float | tuple[float, float] | Callable[[random.Random], float]"
 """Seconds: always the same, uniform between two, or drawn by a function from the generator it is given."""
@@ -374,7 +377,12 @@ class _VirtualRunner(Runner):
             except BaseException:
                 self.idle = 0  # nothing more begins
                 raise
-        return _run(self._work.fetch(asked, *self._values))
+        answer, error = _run(ended(self._work.fetch, asked, *self._values))
+        if isinstance(error, asyncio.CancelledError):
+            error = cancelled(error)
+        if error is not None:
+            raise error
+        return answer
 
     def join(self) -> None:
         if self._entered is not None:
@@ -439,13 +447,13 @@ class _VirtualRunner(Runner):
         self.take_back()
 
 
-def _run(awaitable: Awaitable[Any]) -> object:
+def _run(awaitable: Awaitable[T]) -> T:
     """Runs a coroutine to its end, in no time but what it lets pass by `sleep`."""
     steps = awaitable.__await__()
     try:
         next(steps)
     except StopIteration as end:
-        return end.value
+        return cast("T", end.value)
     finally:
         if isinstance(steps, Generator):
             steps.close()
