@@ -255,6 +255,41 @@ def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
     assert process.returncode == 0
 
 
+def test_second_sigint_gives_up_a_context_that_is_not_left() -> None:
+    body = """
+        class Client:
+            async def __aenter__(self):
+                return self
+
+            async def __aexit__(self, *_):
+                print("leaving", flush=True)
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    print("cut off", flush=True)
+
+        async def fetch(token, client):
+            return token
+
+        def interrupt(number, frame):
+            print("interrupted", flush=True)
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            run_two_stage(range(4), batches, Stage(fetch, context=Client), batch_size=4)
+        except KeyboardInterrupt:
+            print("given up", flush=True)
+    """
+    with script(body, run="pass") as process:
+        interrupt_when("leaving", process)
+        interrupt_when("interrupted", process)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "interrupted\ngiven up\ncut off\n"
+    assert errors == ""
+    assert process.returncode == 0
+
+
 # --- scripts that end with something unfinished
 
 

@@ -43,7 +43,7 @@ from twostage import (
     run_two_stage,
 )
 from twostage.gates import RateGate
-from twostage.testing import SimulatedApi, VirtualTime, sleep
+from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -393,6 +393,57 @@ def test_limit_of_the_users_own_takes_no_attempt(job: Run, on: dict[str, Any]) -
 
     settings = stage(fetch, retry=1, **on)
     assert job(range(20), as_it_is, settings) == list(range(20))
+
+
+def test_api_that_is_down_is_asked_by_one_call_at_a_time(clock: Clock, on: dict[str, Any]) -> None:
+    attempts = 0
+    is_down = False
+
+    async def fetch(item: int) -> int:
+        nonlocal attempts
+        attempts += 1
+        if item == 0:
+            return item
+        await asyncio.to_thread(down.wait, PATIENCE)
+        if is_down:
+            raise ConnectionRefusedError
+        return item
+
+    down = threading.Event()
+    settings = stage(fetch, workers=8, retry=AT_ONCE, **on)
+    with iter_two_stage(range(50), each(int), settings, batch_size=50) as outcomes:
+        results = [next(outcomes).result]
+        line = outcomes._job._coordinator.result_line
+        until(lambda: attempts == 9)
+        is_down = True
+        down.set()
+        until(lambda: line.pace.slows and line.runner.out == 0)
+        for _ in range(5):
+            before = attempts
+            clock.advance(10)
+            until(lambda: attempts > before and line.runner.out == 0)  # noqa: B023 - called at once
+            assert attempts == before + 1
+        is_down = False
+        clock.advance(10)
+        results += [outcome.result for outcome in outcomes]
+    assert sorted(results) == list(range(50))
+
+
+@each_way
+def test_stage_that_adapts_finds_out_how_many_the_api_takes(job: Run, on: dict[str, Any]) -> None:
+    running = 0
+
+    async def fetch(item: int) -> int:
+        nonlocal running
+        if running == 5:
+            raise ApiError(429)
+        running += 1
+        await asyncio.sleep(0.0005)  # as long as a call takes
+        running -= 1
+        return item
+
+    adaptive = stage(fetch, workers=64, adaptive=True, retry=AT_ONCE, **on)
+    assert job(range(200), as_it_is, adaptive) == list(range(200))
 
 
 def test_attempts_begin_as_the_rate_has_it(monkeypatch: pytest.MonkeyPatch, on: dict[str, Any]) -> None:
