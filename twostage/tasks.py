@@ -9,36 +9,44 @@ import math
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from types import coroutine
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from twostage.async_executor import LOT, ended
 from twostage.runners import Runner, cancelled, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from contextvars import Context
 
-    from twostage.async_executor import Ended
     from twostage.calls import Call
     from twostage.completions import Completions
     from twostage.runners import Clock, Work
 
 __all__ = ["Submit", "TaskRunner"]
 
+T = TypeVar("T")
+
 Submit: TypeAlias = "Callable[[Callable[[], Coroutine[Any, Any, None]]], Future[None]]"
 """Runs a coroutine function on a loop, until its future is cancelled, as `AsyncExecutor.submit` does."""
+
+Task: TypeAlias = "asyncio.Task[bool]"
+
+CALLS_A_TASK = 16
+"""How many calls a task goes on for, before the loop looks at its other work even if none of them waits."""
 
 LONGEST_CANCEL = 1.0
 """How long the end of a job waits for tasks that were given up and do not end."""
 
 
 class TaskRunner(Runner):
-    """Runs each attempt in a task of its own, at most so many at once.
+    """Runs attempts in tasks, at most so many at once.
 
     It is a call on the executor itself, which lasts as long as the job: that is where the stage's context
-    is entered and left. In the loop's thread a success is followed by the next call that was handed over,
-    a failure by what the coordinator then decides. A task that was given up is cancelled, and keeps its
-    place among those that run until it has ended.
+    is entered and left. A task goes on after a success with the next call that was handed over, as one that
+    is begun anew has to wait for its turn on the loop, twice; it ends after a failure, and the coordinator
+    then decides. A task whose attempt was given up is cancelled, and keeps its place among those that run
+    until it has ended.
     """
 
     def __init__(self, work: Work, submit: Submit, completions: Completions, clock: Clock) -> None:
@@ -51,13 +59,16 @@ class TaskRunner(Runner):
         self._first: deque[Call] = deque()
         self._served: Future[None] | None = None  # the call on the executor
         # The rest is the loop's, but that who takes an attempt out of `_running` first, its end or the
-        # coordinator that gives it up, has it.
+        # coordinator that gives it up, has it. `_busy` goes down before the loop looks for a next call,
+        # and calls are handed over before the coordinator looks at `_busy`: one of the two sees them.
         self._loop: asyncio.AbstractEventLoop | None = None  # once calls may begin
         self._closing = asyncio.Event()
         self._woken = False  # a look at what was handed over is on its way
-        self._busy = 0
-        self._running: dict[asyncio.Task[Ended], Call] = {}  # in the order in which they began
-        self._hung: set[asyncio.Task[Ended]] = set()  # given up, and not ended
+        self._tasks: set[Task] = set()  # or nobody but a cycle may hold them
+        self._busy = 0  # of them, those that have not ended, nor failed
+        self._beginning = 0  # of them, those that have not looked for a call yet
+        self._running: dict[object, tuple[Task, Call]] = {}  # attempts, in the order in which they began
+        self._hung: set[Task] = set()  # given up, and not ended
         self._values: tuple[object, ...] = ()  # the context's, if there is one
 
     # --- in the coordinator's thread
@@ -72,7 +83,7 @@ class TaskRunner(Runner):
         self._wake()
 
     def _wake(self) -> None:
-        if self._loop is not None and not self._woken:
+        if self._loop is not None and not self._woken and self._busy < self._work.workers:
             self._woken = True
             self._loop.call_soon_threadsafe(self._fill)
 
@@ -98,10 +109,10 @@ class TaskRunner(Runner):
     def give_up(self, now: float) -> None:
         timeout = self._work.attempt_timeout or math.inf
         calls: list[Call] = []
-        while (oldest := self._oldest()) is not None and oldest[1].began + timeout <= now:
-            task, call = oldest
+        while (oldest := self._oldest()) is not None and oldest[2].began + timeout <= now:
+            attempt, task, call = oldest
             self._hung.add(task)
-            if self._running.pop(task, None) is None:
+            if self._running.pop(attempt, None) is None:
                 self._hung.discard(task)
                 continue
             calls.append(call)
@@ -116,13 +127,14 @@ class TaskRunner(Runner):
         if not self.out:
             return math.inf
         oldest = self._oldest()
-        began = now if oldest is None else min(now, oldest[1].began)
+        began = now if oldest is None else min(now, oldest[2].began)
         return began + (self._work.attempt_timeout or math.inf)
 
-    def _oldest(self) -> tuple[asyncio.Task[Ended], Call] | None:
+    def _oldest(self) -> tuple[object, Task, Call] | None:
         while self._running:
             with contextlib.suppress(StopIteration, RuntimeError):  # it has changed between the two steps
-                return next(iter(self._running.items()))
+                attempt, (task, call) = next(iter(self._running.items()))
+                return attempt, task, call
         return None
 
     def take_back(self) -> list[Call]:
@@ -166,50 +178,99 @@ class TaskRunner(Runner):
                 await self._closing.wait()
             finally:  # as Python ends, it is cancelled while attempts run
                 self._closing.set()
-                for task in list(self._running):
+                for task, _ in list(self._running.values()):
                     task.cancel()
-                if left := {*self._running, *self._hung}:
-                    await asyncio.wait(left, timeout=LONGEST_CANCEL)
+                if self._tasks:
+                    await asyncio.wait(self._tasks, timeout=LONGEST_CANCEL)
                 self._values = ()
 
     def _fill(self) -> None:
         """Begins what was handed over, so much of it that the loop's other work is not held up."""
         self._woken = False
         for _ in range(LOT):
-            if self._busy >= self._work.workers or not self._begin_next():
+            if not self._begin():
                 return
         self._wake()
 
-    def _begin_next(self) -> bool:
-        if self._closing.is_set():
-            return False
-        try:
-            call = (self._first or self._queue).popleft()
-        except IndexError:
+    def _begin(self) -> bool:
+        """Begins a task, if there is a call for it and there may be one more."""
+        calls = len(self._first) + len(self._queue)
+        if self._busy >= self._work.workers or self._beginning >= calls or self._closing.is_set():
             return False
         self._busy += 1
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self._attempt(call), context=self._work.variables.copy())
-        task.add_done_callback(partial(self._end, call))
+        self._beginning += 1
+        task = asyncio.get_running_loop().create_task(self._go_on())
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
         return True
 
-    async def _attempt(self, call: Call) -> Ended:
-        call.began = self._clock()
-        asked = self._work.argument(call)  # once it can be given up, the call is another attempt's as well
-        self._running[cast("asyncio.Task[Ended]", asyncio.current_task())] = call
-        return await ended(self._work.fetch, asked, *self._values)
+    def _task_ended(self, task: Task) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():  # before it began
+            self._busy -= 1
+            self._beginning -= 1
+            self._begin()
+        elif task.result():
+            self._begin()
 
-    def _end(self, call: Call, task: asyncio.Task[Ended]) -> None:
+    async def _go_on(self) -> bool:
+        """Makes attempts, one after the other.
+
+        Returns:
+            Whether another task may go on in its place; not if its last attempt has failed.
+        """
+        self._beginning -= 1
+        task = cast("Task", asyncio.current_task())
+        put, running = self._completions.put, self._running
+        for _ in range(CALLS_A_TASK):
+            if self._closing.is_set():
+                break
+            try:
+                call = (self._first or self._queue).popleft()
+            except IndexError:
+                break
+            call.began = self._clock()
+            # Once it can be given up, the call is another attempt's as well.
+            asked, attempt = self._work.argument(call), object()
+            running[attempt] = task, call
+            answer, error = await _within(
+                self._work.variables.copy(), ended(self._work.fetch, asked, *self._values)
+            )
+            if running.pop(attempt, None) is None:
+                self._hung.discard(task)
+                put((self._given_up_ended, None, None, None))
+                break
+            if error is not None:
+                if isinstance(error, asyncio.CancelledError):
+                    error = cancelled(error)
+                self._busy -= 1
+                put((self._attempt_ended, call, None, error))
+                return False
+            put((self._attempt_ended, call, answer, None))
+            del call, asked, answer  # nothing of an attempt is kept while the next runs
+            if task.cancelling():  # it is not the next one that was meant
+                break
         self._busy -= 1
-        began = not task.cancelled()
-        answer, error = task.result() if began else (None, None)
-        if began and self._running.pop(task, None) is None:
-            self._hung.discard(task)
-            self._completions.put((self._given_up_ended, None, None, None))
-            self._begin_next()
-            return
-        if not began or isinstance(error, asyncio.CancelledError):
-            error = cancelled(error)
-        self._completions.put((self._attempt_ended, call, answer, error))
-        if error is None:
-            self._begin_next()
+        return True
+
+
+@coroutine
+def _within(context: Context, steps: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Runs a coroutine in a context, as a task of its own would."""
+    step: Callable[[Any], Any] = steps.send
+    sent: Any = None
+    while True:
+        try:
+            awaited = context.run(step, sent)
+        except StopIteration as end:
+            return cast("T", end.value)
+        finally:
+            sent = None  # an error would be held by its own traceback
+        try:
+            sent = yield awaited
+            step = steps.send
+        except GeneratorExit:
+            context.run(steps.close)
+            raise
+        except BaseException as error:  # noqa: BLE001 - such as a cancellation, it is for the coroutine
+            step, sent = steps.throw, error
