@@ -7,6 +7,7 @@ that noise hits all alike. What took over 10 s and five times as long as the fir
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import os
@@ -18,16 +19,16 @@ import time
 from functools import partial
 from importlib import import_module
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tenacity
 from jobs import PATIENT, PAUSE, RESULTS_A_PAUSE, SCENARIOS
-from ways import PEERS, within_bound
+from ways import PEERS, with_asyncio, within_bound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
-    from jobs import Job
+    from jobs import Function, Job
 
 LIMIT = 120
 """Seconds after which a run is given up."""
@@ -49,7 +50,7 @@ def measure(scenario: str, name: str) -> Run:
     peer = PEERS[name]
     library = import_module(peer.needs)  # before the clock runs
     job = SCENARIOS[scenario].ready(coroutines=not peer.on_threads)
-    if job.fail and name != "twostage":
+    if job.fail and not of_twostage(name):
         # Called: as a decorator it has one set of statistics for all threads, and fails at times.
         patient = (
             partial(partial, PATIENT)
@@ -59,10 +60,10 @@ def measure(scenario: str, name: str) -> Run:
         job = job._replace(fetch_tokens=patient(job.fetch_tokens), fetch_result=patient(job.fetch_result))
     started: list[int] = []
     if job.pauses:
-        job = job._replace(fetch_tokens=partial(counted, started, job.fetch_tokens))
+        job = job._replace(fetch_tokens=counting(started, job.fetch_tokens, coroutines=not peer.on_threads))
     begin = time.perf_counter()
-    if not peer.on_threads:
-        checksum, held = library.run(sum_of_all(peer.way(job))), 0
+    if peer.way is with_asyncio:
+        checksum, held = library.run(consume_on_loop(with_asyncio(job), job, started))
     elif job.bound and peer.bound == "a semaphore":
         checksum, held = consume(within_bound(job, peer.way), job, started)
     else:
@@ -72,9 +73,20 @@ def measure(scenario: str, name: str) -> Run:
     return Run(seconds, peak / (1e6 if sys.platform == "darwin" else 1e3), held, checksum)
 
 
-def counted(started: list[int], fetch_tokens: Callable[[Any], Any], call: list[int]) -> object:
-    started.append(len(call))
-    return fetch_tokens(call)
+def of_twostage(name: str) -> bool:
+    return name == "twostage" or name.startswith("coroutines")
+
+
+def counting(started: list[int], fetch_tokens: Function, *, coroutines: bool) -> Function:
+    def counted(call: list[int]) -> object:
+        started.append(len(call))
+        return fetch_tokens(call)
+
+    async def counted_coroutine(call: list[int]) -> object:
+        started.append(len(call))
+        return await fetch_tokens(call)
+
+    return counted_coroutine if coroutines else counted
 
 
 def consume(results: Iterator[int], job: Job, started: list[int]) -> tuple[int, int]:
@@ -89,11 +101,16 @@ def consume(results: Iterator[int], job: Job, started: list[int]) -> tuple[int, 
     return total, held
 
 
-async def sum_of_all(results: AsyncIterator[int]) -> int:
-    total = 0
+async def consume_on_loop(results: AsyncIterator[int], job: Job, started: list[int]) -> tuple[int, int]:
+    """The same; but its pauses let the loop go on, as an `await` does."""
+    total = held = number = 0
     async for result in results:
+        number += 1
         total += result
-    return total
+        if job.pauses and number % RESULTS_A_PAUSE == 0:
+            await asyncio.sleep(PAUSE)
+            held = max(held, sum(started) - number)
+    return total, held
 
 
 # --- all runs
@@ -120,8 +137,8 @@ def compare(scenarios: list[str], names: list[str], rounds: int) -> dict[str, di
 
 
 def takes_part(name: str, job: Job) -> bool:
-    """Leaves out what would hold a million items, and the coroutines, which are here for later."""
-    return not (job.streams and name == "executors") and not (job.pauses and name == "asyncio")
+    """Leaves out what would hold a million items."""
+    return not (job.streams and name == "executors")
 
 
 def quickest(done: dict[str, list[Run]]) -> float:
@@ -163,6 +180,17 @@ def print_table(medians: dict[str, dict[str, Run]], names: list[str]) -> None:
         if best != "twostage":
             times = done["twostage"].seconds / done[best].seconds
             print(f"- {SCENARIOS[scenario].what}: twostage is not first: {times:.3f} x {PEERS[best].what}")
+    for name in names:
+        if PEERS[name].beside in names:
+            print_beside(medians, name, PEERS[name].beside)
+
+
+def print_beside(medians: dict[str, dict[str, Run]], name: str, other: str) -> None:
+    times = [
+        f"{done[name].seconds / done[other].seconds:.3f} ({SCENARIOS[scenario].what})"
+        for scenario, done in medians.items()
+    ]
+    print(f"- {PEERS[name].what}, times {PEERS[other].what}: {', '.join(times)}")
 
 
 def timed(job: Job) -> bool:
@@ -204,7 +232,7 @@ def draw(path: str, medians: dict[str, dict[str, Run]]) -> None:
         job = SCENARIOS[scenario]
         names = [name for name in reversed(done) if done[name].seconds < math.inf]
         lengths = [ratio(job, done, name) for name in names]
-        colours = ["C1" if name == "twostage" else "C0" if PEERS[name].on_threads else "C7" for name in names]
+        colours = ["C1" if of_twostage(name) else "C0" if PEERS[name].on_threads else "C7" for name in names]
         axis.bar_label(axis.barh(names, lengths, color=colours), fmt="%.2f", padding=3)
         axis.set(title=job.what, xlim=(0, 1.25 * max(lengths)))
         axis.axvline(1, color="black", linewidth=0.8)

@@ -1,9 +1,10 @@
-"""The same job in nine ways, each as its users write it: from a job to its results, as they complete."""
+"""The same job in twelve ways, each as its users write it: from a job to its results, as they complete."""
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jobs import PATIENT
 
-from twostage import iter_two_stage, run_two_stage
+from twostage import AsyncExecutor, Stage, iter_two_stage, run_two_stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -140,8 +141,8 @@ def with_joblib(job: Job) -> Iterator[int]:
 
 async def with_asyncio(job: Job) -> AsyncIterator[int]:
     calls = iter(job.calls)
-    tokens: asyncio.Queue[Any] = asyncio.Queue(job.queues[1])
-    results: asyncio.Queue[Any] = asyncio.Queue(job.queues[2])
+    tokens: asyncio.Queue[Any] = asyncio.Queue(job.queues[1] or max(256, 2 * job.running))
+    results: asyncio.Queue[Any] = asyncio.Queue(job.queues[2] or max(256, 2 * job.running))
 
     async def fetch_tokens() -> None:
         for call in calls:
@@ -167,6 +168,21 @@ async def with_asyncio(job: Job) -> AsyncIterator[int]:
 
 
 def with_twostage(job: Job) -> Iterator[int]:
+    return on_stages(job, job.fetch_tokens, job.fetch_result)
+
+
+def with_coroutines(loop_factory: Callable[[], asyncio.AbstractEventLoop], job: Job) -> Iterator[int]:
+    with AsyncExecutor(loop_factory=loop_factory) as executor:
+        yield from on_stages(
+            job, Stage(job.fetch_tokens, executor=executor), Stage(job.fetch_result, executor=executor)
+        )
+
+
+def on_uvloop(job: Job) -> Iterator[int]:
+    return with_coroutines(import_module("uvloop").new_event_loop, job)
+
+
+def on_stages(job: Job, fetch_tokens: Any, fetch_result: Any) -> Iterator[int]:  # noqa: ANN401 - functions or stages
     items = range(job.size)
     settings: dict[str, Any] = {
         "batch_size": job.batch_size,
@@ -176,11 +192,11 @@ def with_twostage(job: Job) -> Iterator[int]:
     if job.fail:
         settings["retry"] = PATIENT
     if job.bound:
-        with iter_two_stage(items, job.fetch_tokens, job.fetch_result, **settings) as outcomes:
+        with iter_two_stage(items, fetch_tokens, fetch_result, **settings) as outcomes:
             for outcome in outcomes:
                 yield outcome.result
     else:
-        yield from run_two_stage(items, job.fetch_tokens, job.fetch_result, **settings)
+        yield from run_two_stage(items, fetch_tokens, fetch_result, **settings)
 
 
 def within_bound(job: Job, way: Callable[[Job], Iterator[int]]) -> Iterator[int]:
@@ -200,13 +216,17 @@ def within_bound(job: Job, way: Callable[[Job], Iterator[int]]) -> Iterator[int]
 
 
 class Peer(NamedTuple):
-    """A way, the module that it needs, and what holds it back when its results are not taken."""
+    """A way, the module that it needs, and what holds it back when its results are not taken.
+
+    Ways that do not run `on_threads` await coroutines; `beside` names the one that such a way is set against.
+    """
 
     what: str
     way: Callable[[Job], Any]
     needs: str = "twostage"
     bound: Literal["its own", "a semaphore", "none"] = "its own"
     on_threads: bool = True
+    beside: str = ""
 
 
 PEERS = {
@@ -218,5 +238,15 @@ PEERS = {
     "streamable": Peer("streamable, threads", with_streamable, "streamable"),
     "pypeln": Peer("pypeln, threads", with_pypeln, "pypeln.thread"),
     "joblib": Peer("joblib, threads (no bound)", with_joblib, "joblib", "none"),
-    "asyncio": Peer("asyncio, queues, uvloop (no threads)", with_asyncio, "uvloop", on_threads=False),
+    "coroutines": Peer(
+        "**twostage**, coroutines",
+        partial(with_coroutines, asyncio.new_event_loop),
+        on_threads=False,
+        beside="asyncio",
+    ),
+    "asyncio": Peer("asyncio, queues (no threads)", with_asyncio, "asyncio", on_threads=False),
+    "coroutines-uvloop": Peer(
+        "**twostage**, coroutines on uvloop", on_uvloop, "uvloop", on_threads=False, beside="asyncio-uvloop"
+    ),
+    "asyncio-uvloop": Peer("asyncio, queues, uvloop (no threads)", with_asyncio, "uvloop", on_threads=False),
 }
