@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -202,10 +202,15 @@ class ExecutorRunner(Runner):
             call.began = self._clock()
         if future.cancelled():
             self._work.ended(call, None, CancelledError("the executor cancelled the call before it ran"))
-        elif (error := future.exception()) is not None:
-            self._work.ended(call, None, error)
-        else:
+        elif (error := future.exception()) is None:
             self._work.ended(call, future.result(), None)
+        elif isinstance(error, BrokenExecutor):
+            # All calls fail from here on. Cancelling one that waits can stop 3.11's pool in its own end.
+            self._futures.clear()
+            self.out = 0
+            raise error
+        else:
+            self._work.ended(call, None, error)
 
     def take_back(self) -> list[Call]:
         # One by one, since `shutdown(cancel_futures=True)` is not ours to call; running ones refuse.
