@@ -7,7 +7,14 @@ other modules are the library's own business.
 from twostage.async_executor import AsyncExecutor
 from twostage.async_run import aiter_two_stage, arun_two_stage
 from twostage.calls import Outcome
-from twostage.errors import AttemptTimeout, BatchLengthError, MissingToken, RunTimeout, TooManyFailures
+from twostage.errors import (
+    AttemptTimeout,
+    BatchLengthError,
+    MissingToken,
+    RemoteError,
+    RunTimeout,
+    TooManyFailures,
+)
 from twostage.gates import Rate
 from twostage.outcomes import AsyncOutcomes, Outcomes
 from twostage.run import iter_two_stage, run_two_stage
@@ -24,6 +31,7 @@ __all__ = [
     "Outcome",
     "Outcomes",
     "Rate",
+    "RemoteError",
     "RunTimeout",
     "Stage",
     "Throttled",

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+from twostage.errors import BaseRemoteError, RemoteTraceback
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["CHAIN_LIMIT", "behind", "causes", "class_names", "code_of", "headers_of", "status_of"]
+    from twostage.errors import Classified
+
+__all__ = [
+    "CHAIN_LIMIT",
+    "behind",
+    "causes",
+    "class_names",
+    "classified",
+    "code_of",
+    "headers_of",
+    "status_of",
+]
 
 CHAIN_LIMIT = 10
 """How many causes are looked at; a chain can be a circle."""
@@ -73,6 +86,14 @@ def code_of(error: BaseException) -> str | None:
     """Returns the name that AWS (by botocore) or gRPC gives to the failure, as "SlowDown" or "ABORTED"."""
     code = _item(_item(_read(error, "response"), "Error"), "Code")
     return code if isinstance(code, str) else _grpc_code_of(error)
+
+
+def classified(error: BaseException) -> Classified | None:
+    """Returns what another process has found out about an exception that comes from there."""
+    for holder in (error, error.__cause__):
+        if isinstance(holder, BaseRemoteError | RemoteTraceback):
+            return holder.known
+    return None
 
 
 def causes(error: BaseException) -> Iterator[Exception]:

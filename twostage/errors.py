@@ -6,19 +6,24 @@ import contextlib
 import reprlib
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
     from twostage.calls import Outcome
+    from twostage.transient import Kind
 
 __all__ = [
     "FUNCTIONS",
     "AttemptTimeout",
+    "BaseRemoteError",
     "BatchLengthError",
+    "Classified",
     "MissingToken",
+    "RemoteError",
+    "RemoteTraceback",
     "RunTimeout",
     "TooManyFailures",
     "add_note",
@@ -82,6 +87,76 @@ class TooManyFailures(RuntimeError):  # noqa: N818 - the name says it
     """
 
     outcomes: Sequence[Outcome[Any, Any, Any]] = ()
+
+
+class Classified(NamedTuple):
+    """What was found out about an exception in the process that raised it, where its causes were there too.
+
+    Attributes:
+        kind: Of failure.
+        late: Whether it says that the answer is late.
+        retry_after: How many seconds the API's answer asks to wait.
+    """
+
+    kind: Kind
+    late: bool
+    retry_after: float | None
+
+
+class BaseRemoteError(BaseException):
+    """A `RemoteError` for one that is no `Exception`, and so ends the job."""
+
+    def __init__(self, type_name: str, text: str, status: int | None, known: Classified) -> None:
+        super().__init__(type_name, text, status, known)
+        self.type_name = type_name
+        self.text = text
+        self.status = status
+        self.retry_after = known.retry_after
+        self.known = known
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}"
+
+    def __repr__(self) -> str:
+        status = "" if self.status is None else f", status {self.status}"
+        return f"<{type(self).__name__} for {self.type_name}{status}>"  # the text often holds a URL
+
+
+class RemoteError(BaseRemoteError, Exception):
+    """Stands for an exception of another process that can't be pickled, or not unpickled.
+
+    It counts as what it stands for: whether it is transient, throttled or an outage, and how long it asks
+    to wait. Those are many clients' errors, as `httpx.HTTPStatusError` or `openai.RateLimitError`, whose
+    classes want arguments that pickle does not keep.
+
+    Attributes:
+        type_name: The exception's class, as "openai.RateLimitError".
+        text: What `str` makes of it.
+        status: The HTTP status that it carries, or `None`.
+        retry_after: How many seconds the API's answer asks to wait, or `None`.
+    """
+
+
+class RemoteTraceback(BaseException):
+    """The traceback of an exception of another process, as that one's `__cause__`.
+
+    (It is no `Exception`, so that nobody takes it for the failure behind the failure.)
+
+    Attributes:
+        text: As Python prints it, with the causes.
+        known: What else did not travel with the exception.
+    """
+
+    def __init__(self, text: str, known: Classified) -> None:
+        super().__init__(text, known)
+        self.text = text
+        self.known = known
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
 
 
 def brief(item: object) -> str:

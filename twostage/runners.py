@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import told
 from twostage.errors import AttemptTimeout
+from twostage.processes import pickles_by_value, received, sent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,7 +148,7 @@ def left_badly(work: Work, error: BaseException) -> None:
 
 
 class _Attempt:
-    """A call's function in the context of its job. For another process it is the bare function.
+    """A call's function, in the context of its job. For another process it is what makes the call there.
 
     Args:
         work: Whose function it is.
@@ -157,19 +157,22 @@ class _Attempt:
     """
 
     def __init__(self, work: Work, call: Call, clock: Clock) -> None:
+        self._argument = work.argument(call)
         self._work = work
         self._call = call
         self._clock = clock
 
-    def __call__(self, argument: object) -> object:
+    def __call__(self) -> object:
         if self._work.rated:
             self._call.began = self._clock()
-        return self._work.variables.copy().run(self._work.fetch, argument)
+        return self._work.variables.copy().run(self._work.fetch, self._argument)
 
     def __reduce__(self) -> tuple[object, ...]:
         if self._work.rated:
             self._call.began = self._clock()  # it leaves now; nobody here will see it begin
-        return partial, (self._work.fetch,)
+        assert self._work.executor is not None  # noqa: S101 - for the type checker
+        by_value = pickles_by_value(self._work.executor)
+        return sent(self._work.stage, self._work.fetch, self._argument, by_value=by_value)
 
 
 class ExecutorRunner(Runner):
@@ -188,7 +191,7 @@ class ExecutorRunner(Runner):
         for call in calls:
             call.began = -math.inf if self._work.rated else self._clock()
             attempt = _Attempt(self._work, call, self._clock)
-            future = self._executor.submit(attempt, self._work.argument(call))
+            future = self._executor.submit(attempt)
             self._futures[call] = future
             self.out += 1
             self._completions.add(future, (self._done, call, future, None))
@@ -203,7 +206,7 @@ class ExecutorRunner(Runner):
         if future.cancelled():
             self._work.ended(call, None, CancelledError("the executor cancelled the call before it ran"))
         elif (error := future.exception()) is None:
-            self._work.ended(call, future.result(), None)
+            self._work.ended(call, *received(self._work.stage, self._work.fetch, future.result()))
         elif isinstance(error, BrokenExecutor):
             # All calls fail from here on. Cancelling one that waits can stop 3.11's pool in its own end.
             self._futures.clear()

@@ -121,8 +121,10 @@ class Stage(Generic[InT_contra, OutT_co]):
         workers: How many attempts run at once. Default: 4 for stage one, 32 for stage two, 100 for coroutine
             functions.
         executor: Where attempts run, any `concurrent.futures.Executor`; it is never shut down, and
-            `workers` is how much of it is used. Coroutine functions take an `AsyncExecutor`. Default: a pool
-            of threads of the job's own, or an event loop of the job's own, the same for both stages.
+            `workers` is how much of it is used. For processes `fetch` and all that it takes and returns is
+            pickled; an exception that can't be comes back as a `RemoteError`. Coroutine functions take an
+            `AsyncExecutor`. Default: a pool of threads of the job's own, or an event loop of the job's own,
+            the same for both stages.
         retry: A tenacity `Retrying`, which is taken as it is; a number of attempts for the default
             policy; or `None` for calls that must not be repeated. Default: 10 attempts with growing,
             random waits (up to 20 s, or what the API's answer asks for, see `wait_retry_after`), for

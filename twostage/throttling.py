@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tenacity.wait import wait_base, wait_random_exponential
 
 from twostage.checks import is_number
-from twostage.clients import causes, headers_of, status_of
+from twostage.clients import causes, classified, headers_of, status_of
 from twostage.errors import brief
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ def retry_after(error: BaseException) -> float | None:
     for asked in causes(error):
         if isinstance(asked, Throttled):
             return asked.seconds
+        known = classified(asked)
+        if known is not None:
+            return known.retry_after
         headers = headers_of(asked)
         if headers is not None:
             milliseconds = headers.get("retry-after-ms", "").strip()

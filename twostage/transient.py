@@ -8,7 +8,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from twostage.clients import CHAIN_LIMIT, behind, causes, class_names, code_of, status_of
+from twostage.clients import CHAIN_LIMIT, behind, causes, class_names, classified, code_of, status_of
 from twostage.throttling import Throttled, retry_after
 
 if TYPE_CHECKING:
@@ -145,6 +145,9 @@ def is_throttled(error: BaseException) -> bool:
 
 def is_timeout(error: BaseException) -> bool:
     """Whether an outage's failure is that the answer is late, as clients say it by classes of their own."""
+    known = classified(error)
+    if known is not None:
+        return known.late
     late = any(isinstance(cause, TimeoutError) for cause in _chain(error))
     return late or any(status_of(asked) == GATEWAY_TIMEOUT for asked in causes(error))
 
@@ -152,20 +155,27 @@ def is_timeout(error: BaseException) -> bool:
 def kind_of(error: BaseException) -> Kind:
     """Returns what a failure says of the API."""
     for asked in causes(error):
-        code = code_of(asked)
-        if isinstance(asked, Throttled) or code in THROTTLING_CODES:
-            return Kind.THROTTLED
-        if code in TRANSIENT_CODES:
-            return Kind.PASSING
-        status = status_of(asked)
-        if status is not None:
-            return _kind_by_status(status, asked)
-        if any(map(_is_lasting, _chain(asked))):
-            return Kind.LASTING
-        verdict = _verdict_by_class(asked)
-        if verdict is not None:
-            return Kind.OUTAGE if verdict else Kind.LASTING
+        known = classified(asked)
+        kind = _kind_by_itself(asked) if known is None else known.kind
+        if kind is not None:
+            return kind
     return Kind.LASTING
+
+
+def _kind_by_itself(error: Exception) -> Kind | None:
+    """Returns what one exception says of the API; `None`: that its cause has to be asked."""
+    code = code_of(error)
+    if isinstance(error, Throttled) or code in THROTTLING_CODES:
+        return Kind.THROTTLED
+    if code in TRANSIENT_CODES:
+        return Kind.PASSING
+    status = status_of(error)
+    if status is not None:
+        return _kind_by_status(status, error)
+    if any(map(_is_lasting, _chain(error))):
+        return Kind.LASTING
+    verdict = _verdict_by_class(error)
+    return None if verdict is None else Kind.OUTAGE if verdict else Kind.LASTING
 
 
 def _kind_by_status(status: int, error: Exception) -> Kind:

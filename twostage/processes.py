@@ -1,0 +1,209 @@
+"""The border to another process: calls go there, and answers come back, as bytes of our own.
+
+A pool of processes breaks for good, or one of its processes dies, when something that it moves can't be
+unpickled. So all that it moves is bytes, unpickled under a `try` on either side: what is wrong with them is
+the failure of one call, and can be told in its words.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import traceback
+from concurrent.futures import BrokenExecutor
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from twostage.clients import status_of
+from twostage.errors import (
+    BaseRemoteError,
+    Classified,
+    RemoteError,
+    RemoteTraceback,
+    without_our_frames,
+)
+from twostage.throttling import retry_after
+from twostage.transient import is_timeout, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+__all__ = ["pickles_by_value", "received", "sent"]
+
+# By package and name along the MRO, so that neither multiprocessing nor loky is imported for it.
+STANDARD_POOL = ("concurrent", "ProcessPoolExecutor")
+
+CLOUDPICKLES = ("cloudpickle", "joblib.externals.cloudpickle")
+
+
+class Reply(NamedTuple):
+    """What comes back: an answer and `None`, or `None` and an exception, pickled."""
+
+    data: bytes
+
+
+def pickles_by_value(executor: Executor) -> bool:
+    """Whether an executor, if it pickles at all, may do so with functions and classes of no module."""
+    return STANDARD_POOL not in _kinds(executor)
+
+
+# --- here
+
+
+def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value: bool) -> tuple[Any, ...]:
+    """Returns what makes a call in another process, as `__reduce__` does."""
+    function = f"{stage}'s {_name(fetch)}"
+    try:
+        packed = _dumps(argument, by_value=by_value)
+    except Exception as error:  # noqa: BLE001 - anything of the user's can raise anything when it is pickled
+        kind = type(_culprit(argument, by_value=by_value)).__name__
+        text = f"{function} was to be given a {kind} that can't be pickled: {_text(error)}"
+        return partial, (_refuse, text, by_value)
+    return partial, (_attempt, function, by_value, _dumps(fetch, by_value=by_value), packed)
+
+
+def received(stage: str, fetch: Callable[[Any], Any], answer: object) -> tuple[object, BaseException | None]:
+    """Returns a call's answer or its exception, from wherever it was made."""
+    if not isinstance(answer, Reply):
+        return answer, None
+    try:
+        return cast("tuple[object, BaseException | None]", pickle.loads(answer.data))  # noqa: S301 - as the pool does
+    except Exception as error:  # noqa: BLE001 - as above
+        function = f"{stage}'s {_name(fetch)}"
+        return None, TypeError(f"{function} returned what can't be unpickled: {_text(error)}")
+
+
+def _culprit(argument: object, *, by_value: bool) -> object:
+    """Returns what of a batch can't be pickled; of anything else itself."""
+    for member in argument if isinstance(argument, list) else ():
+        try:
+            _dumps(member, by_value=by_value)
+        except Exception:  # noqa: BLE001 - as above
+            return member
+    return argument
+
+
+# --- in the other process
+
+
+def _attempt(function: str, by_value: bool, fetch: bytes, argument: bytes) -> Reply:  # noqa: FBT001 - pickled by place
+    try:
+        call: Callable[[Any], Any] = pickle.loads(fetch)  # noqa: S301 - as the pool does
+    except Exception as error:
+        # No call will do better, so that it ends the job.
+        raise BrokenExecutor(f"{function} can't be unpickled in another process: {_text(error)}") from error
+    try:
+        given = pickle.loads(argument)  # noqa: S301 - as above
+    except Exception as error:  # noqa: BLE001 - as above
+        text = f"{function} was to be given what can't be unpickled in another process: {_text(error)}"
+        return _refuse(text, by_value)
+    try:
+        answer = call(given)
+    except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
+        return _reply(None, error, by_value=by_value)
+    try:
+        return _reply(answer, None, by_value=by_value)
+    except Exception as error:  # noqa: BLE001 - as above
+        text = f"{function} returned a {type(answer).__name__} that can't be pickled: {_text(error)}"
+        return _reply(None, TypeError(text), by_value=by_value)
+
+
+def _refuse(text: str, by_value: bool) -> Reply:  # noqa: FBT001 - as above
+    # A ValueError, since it has a batch split: only one of its items may be like that.
+    return _reply(None, ValueError(text), by_value=by_value)
+
+
+def _reply(answer: object, error: BaseException | None, *, by_value: bool) -> Reply:
+    return Reply(_dumps((answer, error), by_value=by_value))
+
+
+# --- pickling
+
+
+def _dumps(value: object, *, by_value: bool) -> bytes:
+    buffer = io.BytesIO()
+    _careful(_pickler(by_value=by_value))(  # type: ignore[arg-type] # a class can be hashed
+        buffer, pickle.HIGHEST_PROTOCOL
+    ).dump(value)
+    return buffer.getvalue()
+
+
+def _pickler(*, by_value: bool) -> type[pickle.Pickler]:
+    """Returns what a pool pickles with, without the reducers that loky may have been given."""
+    if by_value:
+        for name in CLOUDPICKLES:
+            if name in sys.modules:
+                return cast("type[pickle.Pickler]", sys.modules[name].Pickler)
+    from multiprocessing.reduction import ForkingPickler  # noqa: PLC0415 - as in start_processes
+
+    return ForkingPickler
+
+
+@cache
+def _careful(base: type[pickle.Pickler]) -> type[pickle.Pickler]:
+    """Returns a pickler all of whose exceptions, wherever they are, will be unpickled as something."""
+    override = getattr(base, "reducer_override", None)
+
+    class Careful(base):  # type: ignore[misc, valid-type] # made for each of the two
+        def reducer_override(self, value: object) -> Any:  # noqa: ANN401 - as pickle has it
+            if isinstance(value, BaseException) and not isinstance(value, BaseRemoteError):
+                return _arrived, _packed(value, base)
+            return NotImplemented if override is None else override(self, value)
+
+    return Careful
+
+
+def _packed(
+    error: BaseException, pickler: type[pickle.Pickler]
+) -> tuple[bytes, BaseRemoteError, str, Classified]:
+    """Returns an exception's pickle, what stands for it, its traceback's text, and what is known of it."""
+    buffer = io.BytesIO()
+    try:
+        pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(error)
+        data = buffer.getvalue()
+    except Exception:  # noqa: BLE001 - as above
+        data = b""  # which can't be unpickled either
+    known = Classified(kind_of(error), is_timeout(error), retry_after(error))
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    stand_in = RemoteError if isinstance(error, Exception) else BaseRemoteError
+    one = stand_in(name, _text(error), status_of(error), known)
+    for note in getattr(error, "__notes__", ()):
+        one.add_note(str(note))
+    return data, one, "".join(traceback.format_exception(without_our_frames(error))), known
+
+
+def _arrived(data: bytes, stand_in: BaseRemoteError, text: str, known: Classified) -> BaseException:
+    cause = RemoteTraceback(text, known)
+    try:
+        error: BaseException = pickle.loads(data)  # noqa: S301 - as the pool does
+        error.__cause__ = cause
+        if isinstance(error, BaseException):
+            return error
+    except Exception:  # noqa: BLE001, S110 - as above
+        pass
+    stand_in.__cause__ = cause
+    return stand_in
+
+
+# --- names for messages
+
+
+def _kinds(executor: object) -> set[tuple[str, str]]:
+    return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(executor).__mro__}
+
+
+def _name(fetch: object) -> str:
+    """Returns the function's name; no repr, as a partial's shows its arguments, keys among them."""
+    while isinstance(fetch, partial):
+        fetch = fetch.func
+    return str(getattr(fetch, "__qualname__", type(fetch).__qualname__))
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - what stands for it must not be lost over this
+        return type(error).__name__
