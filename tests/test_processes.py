@@ -458,6 +458,9 @@ class Unpicklable:
     def __init__(self) -> None:
         self.lock = threading.Lock()
 
+    def fetch(self, number: int) -> int:
+        return number
+
 
 def never(why: str, *_: object) -> NoReturn:
     raise RuntimeError(why)
@@ -493,7 +496,22 @@ def a_nameless_function() -> Callable[[Any], Any]:
     return lambda number: number + 1
 
 
-def test_loky_takes_functions_of_no_module(
+@pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver"])
+def test_function_that_can_t_be_pickled_is_refused_by_name(kind: str, pools: dict[str, Executor]) -> None:
+    with pytest.raises(
+        TypeError, match=r"fetch is a_nameless_function.<locals>.<lambda>, which can't be pickled for the"
+    ):
+        Stage(a_nameless_function(), executor=pools[kind])
+    with pytest.raises(TypeError, match=r"fetch is Unpicklable.fetch, .*cannot pickle '_thread.lock' object"):
+        Stage(Unpicklable().fetch, executor=pools[kind])
+    with pytest.raises(
+        TypeError, match=r"fetch is double, .*; expected one of a module's top level"
+    ) as raised:
+        Stage(partial(double, threading.Lock(), URL), executor=pools[kind])  # type: ignore[arg-type, call-arg]
+    assert "s3cret" not in str(raised.value)
+
+
+def test_loky_takes_functions_of_no_module_and_refuses_what_it_can_t_pickle(
     pools: dict[str, Executor],
 ) -> None:
     pool = pools["loky"]
@@ -514,6 +532,8 @@ def test_loky_takes_functions_of_no_module(
     )
     assert results[::2] == [1, 3]
     assert [type(one) for one in results] == [int, LocalError, int, int]
+    with pytest.raises(TypeError, match=r"fetch is Unpicklable.fetch, .*; expected one that can be"):
+        Stage(Unpicklable().fetch, executor=pool)
 
 
 def test_function_that_can_t_be_unpickled_ends_the_job(pool: Executor) -> None:

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
 
-__all__ = ["pickles_by_value", "received", "sent"]
+__all__ = ["check_pickling", "pickles_by_value", "received", "sent"]
 
 # By package and name along the MRO, so that neither multiprocessing nor loky is imported for it.
 STANDARD_POOL = ("concurrent", "ProcessPoolExecutor")
+LOKY_POOLS = {("loky", "ProcessPoolExecutor"), ("joblib", "ProcessPoolExecutor")}
 
 CLOUDPICKLES = ("cloudpickle", "joblib.externals.cloudpickle")
 
@@ -47,6 +48,26 @@ class Reply(NamedTuple):
 def pickles_by_value(executor: Executor) -> bool:
     """Whether an executor, if it pickles at all, may do so with functions and classes of no module."""
     return STANDARD_POOL not in _kinds(executor)
+
+
+def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
+    """Checks that a function can be sent to the executor's processes, if it is known to have some.
+
+    Raises:
+        TypeError: It can't.
+    """
+    kinds = _kinds(executor)
+    if STANDARD_POOL not in kinds and not LOKY_POOLS & kinds:
+        return
+    by_value = pickles_by_value(executor)
+    try:
+        _dumps(fetch, by_value=by_value)
+    except Exception as error:
+        what = "one that" if by_value else "one of a module's top level, that"
+        raise TypeError(
+            f"fetch is {_name(fetch)}, which can't be pickled for the processes of its executor "
+            f"({_text(error)}); expected {what} can be"
+        ) from error
 
 
 # --- here

@@ -34,6 +34,7 @@ from twostage.checks import (
 from twostage.errors import warn
 from twostage.gates import Rates, rates_of
 from twostage.pace import PATIENCE
+from twostage.processes import check_pickling
 from twostage.retry import RetryPolicy, check_policy
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Stage(Generic[InT_contra, OutT_co]):
             call, and left there at the end; its value is `fetch`'s second argument. Default: `fetch` has one.
 
     Raises:
-        TypeError: An argument is of the wrong kind.
+        TypeError: An argument is of the wrong kind, or `fetch` can't be pickled for processes.
         ValueError: A number is below 1.
 
     >>> Stage(str.upper, workers=8, retry=3).workers
@@ -295,6 +296,8 @@ class Stage(Generic[InT_contra, OutT_co]):
         if not isinstance(workers, Default):
             workers = positive_int(workers, "workers")
         _check_executor(executor, fetch)
+        if executor is not None:
+            check_pickling(fetch, executor)
         if not isinstance(retry, Default):
             retry = check_policy(retry, "retry")
         if not isinstance(many, Default):
