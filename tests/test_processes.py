@@ -6,14 +6,18 @@ import logging
 import os
 import pickle
 import ssl
+import subprocess
+import sys
 import threading
 import warnings
 from collections import UserDict, UserList
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from functools import partial
 from multiprocessing import get_context
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from urllib.error import HTTPError, URLError
 
@@ -651,3 +655,87 @@ def test_pool_that_has_ended_before_the_job_is_an_error_and_the_source_is_closed
         with pytest.raises(BrokenExecutor if broken else RuntimeError, match=r"terminated|after shutdown"):
             run_two_stage(source, Stage(double, executor=pool), double)
     assert list(source) == []  # closed
+
+
+# --- fork
+
+
+@contextmanager
+def script(folder: Path, text: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a script, as a file, since other processes import it, and in a group that can be interrupted."""
+    path = folder / "script.py"
+    path.write_text(dedent(text))
+    with subprocess.Popen(  # noqa: S603 - a script of this file
+        [sys.executable, *options, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+FORK: Final = """
+    import threading
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from twostage import Stage, iter_two_stage, run_two_stage
+
+    def who(item):
+        return threading.current_thread().name
+
+    def several(name):
+        return name, threading.active_count()
+
+    if __name__ == "__main__":
+        BEFORE
+        with ProcessPoolExecutor(2, get_context("fork")) as pool:
+            results = run_two_stage(range(20), Stage(who, executor=pool), Stage(several, executor=pool))
+            print(set(results), flush=True)
+            run_two_stage(range(20), Stage(who, executor=pool), len)
+        AFTER
+"""
+
+
+def forked(tmp_path: Path, before: str = "", after: str = "") -> tuple[str, str]:
+    text = FORK.replace("BEFORE", before or "pass").replace("AFTER", after or "pass")
+    with script(tmp_path, text, "-W", "always") as process:
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+def test_fork_is_done_before_there_are_threads_of_ours_and_without_a_warning(tmp_path: Path) -> None:
+    assert forked(tmp_path) == ("{('MainThread', 1)}\n", "")
+
+
+def test_fork_beside_a_thread_is_warned_of_once_at_the_users_line(tmp_path: Path) -> None:
+    over = "over = threading.Event(); threading.Thread(target=over.wait).start()"
+    output, errors = forked(tmp_path, over, "over.set()")
+    assert output == "{('MainThread', 1)}\n"
+    ours = [line for line in errors.splitlines() if "RuntimeWarning" in line]
+    assert len(ours) == 1
+    assert "script.py:16: RuntimeWarning: the executor's processes were forked while 2 threads ran" in ours[0]
+    assert 'mp_context=multiprocessing.get_context("spawn")' in ours[0]
+
+
+@pytest.mark.parametrize("kind", ["spawn", "forkserver", "loky"])
+def test_other_ways_to_start_a_process_are_not_warned_of(kind: str) -> None:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        with new_pool(kind, 1) as pool:
+            assert run_two_stage(range(3), double, Stage(double, executor=pool)) == [0, 4, 8]
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_importing_the_library_imports_nothing_of_processes() -> None:
+    code = "import sys, twostage; print([name for name in sys.modules if 'multiprocessing' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - as above
+    assert done.stdout == "[]\n"

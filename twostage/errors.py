@@ -175,12 +175,12 @@ def add_note(error: Exception, note: str) -> None:
             error.add_note(f"twostage: {note}")
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns as from the line that called into the library, however deep in it the cause was seen."""
     level, frame = 1, sys._getframe()  # noqa: SLF001 - `skip_file_prefixes` came with 3.12 only
     while frame.f_back is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def without_our_frames(error: ErrorT) -> ErrorT:

@@ -40,6 +40,8 @@ class _Hand:
 
     def _start(self) -> None:
         if not self._running and not self._ended:
+            for line in self._coordinator.lines:
+                line.runner.prepare()
             self._running = True
             self._driver.start(self._coordinator)
 

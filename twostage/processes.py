@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+import threading
 import traceback
 from concurrent.futures import BrokenExecutor
 from functools import cache, partial
@@ -21,6 +22,7 @@ from twostage.errors import (
     Classified,
     RemoteError,
     RemoteTraceback,
+    warn,
     without_our_frames,
 )
 from twostage.throttling import retry_after
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
 
-__all__ = ["check_pickling", "pickles_by_value", "received", "sent"]
+__all__ = ["check_pickling", "pickles_by_value", "received", "sent", "start_processes"]
 
 # By package and name along the MRO, so that neither multiprocessing nor loky is imported for it.
 STANDARD_POOL = ("concurrent", "ProcessPoolExecutor")
@@ -68,6 +70,27 @@ def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
             f"fetch is {_name(fetch)}, which can't be pickled for the processes of its executor "
             f"({_text(error)}); expected {what} can be"
         ) from error
+
+
+def start_processes(executor: Executor) -> None:
+    """Has a pool that forks do so in this thread, now: beside threads of ours it might be a deadlock.
+
+    Any other pool of processes gets a call that does nothing as well, as it does not say which it is.
+    """
+    if STANDARD_POOL not in _kinds(executor):
+        return
+    from multiprocessing import active_children  # noqa: PLC0415 - whoever has no such pool does without
+
+    threads = threading.active_count()
+    before = active_children()
+    executor.submit(int)
+    new = [child for child in active_children() if child not in before]
+    if threads > 1 and any(type(child).__name__ == "ForkProcess" for child in new):
+        warn(
+            f"the executor's processes were forked while {threads} threads ran, which can be a deadlock in "
+            'them; give it mp_context=multiprocessing.get_context("spawn"), or use it before threads start',
+            RuntimeWarning,
+        )
 
 
 # --- here

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import told
 from twostage.errors import AttemptTimeout
-from twostage.processes import pickles_by_value, received, sent
+from twostage.processes import pickles_by_value, received, sent, start_processes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,9 @@ class Runner:
 
     out: int = 0
     given_up: int = 0
+
+    def prepare(self) -> None:
+        """Hears, in the caller's thread, that the job is about to begin."""
 
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         """Hands `calls` over, to begin in their order; `first`: before those that wait already.
@@ -185,6 +188,9 @@ class ExecutorRunner(Runner):
         self._completions = completions
         self._clock = clock
         self._futures: dict[Call, Future[Any]] = {}
+
+    def prepare(self) -> None:
+        start_processes(self._executor)
 
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         del first  # what is out is never more than may run at once, so nothing waits here
