@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import ssl
 import subprocess
 import sys
 import threading
 import warnings
-from collections import UserDict, UserList
+from collections import Counter, UserDict, UserList
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -739,3 +740,62 @@ def test_importing_the_library_imports_nothing_of_processes() -> None:
     code = "import sys, twostage; print([name for name in sys.modules if 'multiprocessing' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - as above
     assert done.stdout == "[]\n"
+
+
+# --- Ctrl-C
+
+INTERRUPTED: Final = """
+    import os, time
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    import loky
+    from twostage import Stage, run_two_stage
+
+    def say(text):
+        os.write(1, f"{text}\\n".encode())
+
+    class Item:
+        def __init__(self, number):
+            self.number = number
+
+        def __reduce__(self):  # in the main process, when it leaves
+            say("left")
+            return int, (self.number,)
+
+    def fetch_result(number):
+        say("begun")
+        for _ in range(60_000 if number < 2 else 0):  # a signal just before a sleep does not wake it
+            time.sleep(0.01)
+        return number
+
+    if __name__ == "__main__":
+        with POOL as pool:
+            stage = Stage(fetch_result, executor=pool, workers=WORKERS)
+            try:
+                run_two_stage(map(Item, range(100)), list, stage, batch_size=100)
+            except KeyboardInterrupt:
+                say("interrupted")
+                raise
+"""
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("fork", 3), ("spawn", 3), ("forkserver", 3), ("loky", 5)])
+def test_ctrl_c_ends_the_running_calls_and_begins_no_other(kind: str, workers: int, tmp_path: Path) -> None:
+    """So many calls leave for two processes at once; those that wait there can't be cancelled."""
+    pool = (
+        "loky.ProcessPoolExecutor(2)" if kind == "loky" else f"ProcessPoolExecutor(2, get_context({kind!r}))"
+    )
+    text = INTERRUPTED.replace("POOL", pool).replace("WORKERS", str(workers))
+    with script(tmp_path, text) as process:
+        assert process.stdout is not None
+        said: Counter[str] = Counter()
+        while said != {"left": workers, "begun": 2}:
+            line = process.stdout.readline()
+            assert line, process.communicate()
+            said[line.strip()] += 1
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert output == "interrupted\n"
+    assert errors.count("Traceback") == 1
+    assert errors.endswith("\nKeyboardInterrupt\n")
+    assert process.returncode == -signal.SIGINT

@@ -11,6 +11,7 @@ import io
 import pickle
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import BrokenExecutor
 from functools import cache, partial
@@ -98,6 +99,7 @@ def start_processes(executor: Executor) -> None:
 
 def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value: bool) -> tuple[Any, ...]:
     """Returns what makes a call in another process, as `__reduce__` does."""
+    left = time.time()
     function = f"{stage}'s {_name(fetch)}"
     try:
         packed = _dumps(argument, by_value=by_value)
@@ -105,7 +107,7 @@ def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value:
         kind = type(_culprit(argument, by_value=by_value)).__name__
         text = f"{function} was to be given a {kind} that can't be pickled: {_text(error)}"
         return partial, (_refuse, text, by_value)
-    return partial, (_attempt, function, by_value, _dumps(fetch, by_value=by_value), packed)
+    return partial, (_attempt, function, by_value, left, _dumps(fetch, by_value=by_value), packed)
 
 
 def received(stage: str, fetch: Callable[[Any], Any], answer: object) -> tuple[object, BaseException | None]:
@@ -132,7 +134,14 @@ def _culprit(argument: object, *, by_value: bool) -> object:
 # --- in the other process
 
 
-def _attempt(function: str, by_value: bool, fetch: bytes, argument: bytes) -> Reply:  # noqa: FBT001 - pickled by place
+_interrupted: list[float] = []
+"""When Ctrl-C has interrupted a call in this process for the last time."""
+
+
+def _attempt(function: str, by_value: bool, left: float, fetch: bytes, argument: bytes) -> Reply:  # noqa: FBT001 - pickled by place
+    if _interrupted and left <= _interrupted[-1]:
+        # It was on its way already, which nobody can cancel, and nobody waits for any more.
+        return _reply(None, KeyboardInterrupt(), by_value=by_value)
     try:
         call: Callable[[Any], Any] = pickle.loads(fetch)  # noqa: S301 - as the pool does
     except Exception as error:
@@ -146,6 +155,8 @@ def _attempt(function: str, by_value: bool, fetch: bytes, argument: bytes) -> Re
     try:
         answer = call(given)
     except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
+        if isinstance(error, KeyboardInterrupt):
+            _interrupted[:] = [time.time()]
         return _reply(None, error, by_value=by_value)
     try:
         return _reply(answer, None, by_value=by_value)
