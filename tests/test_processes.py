@@ -361,7 +361,7 @@ def test_text_of_an_exception_is_in_no_repr_and_no_log(
     spawned: Executor, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    stage = Stage(fail_as, executor=spawned, retry=ALWAYS, pause=False)
+    stage: Stage[Any, Any] = Stage(fail_as, executor=spawned, retry=ALWAYS, pause=False)
     with iter_two_stage(LOST, str, stage, return_exceptions=True) as outcomes:
         ended: list[Outcome[Any, Any, Any]] = list(outcomes)
     assert len(ended) == len(LOST)
@@ -379,7 +379,7 @@ def test_text_of_an_exception_is_in_no_repr_and_no_log(
 def test_what_is_no_exception_ends_the_job(
     name: str, kind: str, pools: dict[str, Executor], *, return_exceptions: bool
 ) -> None:
-    stage = Stage(fail_as, executor=pools[kind], retry=ALWAYS)
+    stage: Stage[Any, Any] = Stage(fail_as, executor=pools[kind], retry=ALWAYS)
     lost = "keyword" in name
     with pytest.raises(BaseRemoteError if lost else type(ERRORS[name]())) as raised:
         run_two_stage([name], str, stage, return_exceptions=return_exceptions)
