@@ -94,3 +94,11 @@ def on(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     factory = uvloop.new_event_loop if request.param == "uvloop" else None
     with AsyncExecutor(loop_factory=factory) as executor:
         yield {"executor": executor}
+
+
+@pytest.fixture
+def asyncio_is_quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Has nothing be logged of a task that was destroyed, or of an exception that nobody retrieved."""
+    yield
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []

@@ -62,8 +62,8 @@ class AsyncDriver(Driver, Protocol):
     def reader(self, source: Source | AsyncSource, ended: Handler) -> Runner:
         """The same for both kinds of sources."""
 
-    async def next_message(self) -> Message:
-        """Returns the coordinator's next message, when it is there."""
+    async def next_message(self) -> Message | None:
+        """Returns the coordinator's next message, when it is there; `None` if another task has taken it."""
 
 
 class ThreadDriver:
@@ -117,19 +117,25 @@ class ThreadDriver:
         if not block:  # nobody else takes, so what is there stays there
             return None if self._messages.empty() else self._messages.get()
         while True:
-            alive = self._thread is not None and self._thread.is_alive()
+            alive = self._is_alive()
             try:  # not `suppress`: Ctrl-C at its end would have two tracebacks
                 return self._messages.get(timeout=LONGEST_GET)
             except Empty:
                 pass
-            if not alive:  # it could not be started, or Ctrl-C came just before
-                return Message(
-                    [], 0, leave=False, ended=True, error=RuntimeError("the coordinator's thread is gone")
-                )
+            if not alive:
+                return _gone()
+
+    def _is_alive(self) -> bool:
+        """Whether the thread runs: not if it could not be started, or Ctrl-C came just before."""
+        return self._thread is not None and self._thread.is_alive()
 
     def join(self) -> None:
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(LONGEST_GET)
+
+
+def _gone() -> Message:
+    return Message([], 0, leave=False, ended=True, error=RuntimeError("the coordinator's thread is gone"))
 
 
 class LoopDriver(ThreadDriver):
@@ -171,12 +177,15 @@ class LoopDriver(ThreadDriver):
         self._messages.put(message)
         self._call_soon(self._arrived.set)
 
-    async def next_message(self) -> Message:
-        """Returns the coordinator's next message, when it is there."""
-        while self._messages.empty():
+    async def next_message(self) -> Message | None:
+        """Returns the coordinator's next message, when it is there; `None` if another task has taken it."""
+        alive = self._is_alive()
+        if self._messages.empty():
+            if not alive:
+                return _gone()
             self._arrived.clear()
             await self._arrived.wait()
-        return self._messages.get()
+        return self.receive(block=False)
 
 
 def _drive(

@@ -159,8 +159,13 @@ class AsyncJob(_Hand):
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
         self._start()
         while not self._hand and not self._ended:
-            self._hear(await self._driver.next_message())
+            await self._listen()
         return self._take() if self._hand else None
+
+    async def _listen(self) -> None:
+        message = await self._driver.next_message()
+        if message is not None:
+            self._hear(message)
 
     async def close(self) -> None:
         """Ends the job and waits for the calls that run. Harmless if it has ended."""
@@ -169,7 +174,7 @@ class AsyncJob(_Hand):
             if running:
                 self.abandon()
                 while not self._ended:
-                    self._hear(await self._driver.next_message())
+                    await self._listen()
                 self._driver.join()
         finally:  # also if a second cancellation has given up the waiting
             self._over()

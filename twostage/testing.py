@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Generator
 from contextlib import AsyncExitStack
 from contextvars import copy_context
 from itertools import count
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 
 from twostage.async_executor import ended
 from twostage.calls import Batch, ListedToken
@@ -339,8 +339,8 @@ class _VirtualDriver:
                 raise RuntimeError("the job waits, and nothing is left that could happen")
         return self._messages.popleft() if self._messages else None
 
-    async def next_message(self) -> Message:
-        return cast("Message", self.receive(block=True))
+    async def next_message(self) -> Message | None:
+        return self.receive(block=True)
 
     def join(self) -> None:
         for runner in self._runners:
