@@ -27,7 +27,7 @@ from twostage.outcomes import AsyncJob, Job
 from twostage.pace import Pace
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
-from twostage.sources import AsyncSource, Source, each
+from twostage.sources import AsyncSource, Source
 from twostage.splits import Splits, refuses_batch
 from twostage.stage import Default, Stage
 from twostage.twins import Twins
@@ -196,6 +196,7 @@ def build(
     driver = world.get()()
     coordinator = _coordinator(driver, first, second, items_options, run_options, results)
     source = Source(items, items_options.key)
+    source.open()
     if run_options.linger is not None:
         coordinator.reader = driver.reader(source, coordinator.item_read)
     return Job(source, coordinator, driver)
@@ -220,9 +221,10 @@ def build_async(
 def _source(items: Iterable[Any] | AsyncIterable[Any], key: Key) -> Source | AsyncSource:
     if isinstance(items, AsyncIterable):
         return AsyncSource(items, key)
-    if type(items) in (list, tuple, range) or not isinstance(items, Iterable):
-        return Source(items, key)
-    return Source(each(items), key)  # in its thread alone
+    source = Source(items, key)
+    if source.in_memory or not isinstance(items, Iterable):
+        source.open()  # others are touched in their thread alone
+    return source
 
 
 def _coordinator(

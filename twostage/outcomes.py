@@ -169,16 +169,16 @@ class AsyncJob(_Hand):
 
     async def close(self) -> None:
         """Ends the job and waits for the calls that run. Harmless if it has ended."""
-        running = self._running
+        begun = self._running or self._ended
         try:
-            if running:
+            if self._running:
                 self.abandon()
                 while not self._ended:
                     await self._listen()
                 self._driver.join()
         finally:  # also if a second cancellation has given up the waiting
             self._over()
-        if not running:  # else who read the source has closed it
+        if not begun:  # else who reads the source closes it
             closing = self._source.close()
             if closing is not None:
                 await closing

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextvars import copy_context
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.calls import Call
 from twostage.errors import brief, without_our_frames
 from twostage.runners import Runner
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Sequence
 
     from twostage.completions import Completions, Handler
 
-__all__ = ["AsyncSource", "DirectReader", "Key", "Source", "TaskReader", "ThreadReader", "each"]
+__all__ = ["AsyncSource", "DirectReader", "Key", "Source", "TaskReader", "ThreadReader"]
 
 Key: TypeAlias = "Callable[[Any], Hashable] | None"
 """Gives an item's identity; `None` if each is itself."""
@@ -32,27 +33,45 @@ LONGEST_READ = 0.1
 class Source:
     """Where items come from.
 
-    Raises:
-        TypeError: `items` is nothing to iterate over.
-
     Attributes:
         in_memory: Whether nothing has to be waited for.
     """
 
     def __init__(self, items: Iterable[Any], key: Key) -> None:
-        try:
-            self._items: Iterator[Any] = iter(items)
-        except TypeError as error:
-            hint = "; with an async iterable, await arun_two_stage" if hasattr(items, "__aiter__") else ""
-            raise TypeError(f"items is {brief(items)}; expected something to iterate over{hint}") from error
+        self._items = items
+        self._iterator: Iterator[Any] | None = None  # before it is opened
         # An iterator was given to be used up here; a list, or what else makes iterators, was not.
-        self._close = getattr(items, "close", None) if self._items is items else None
+        self._close = getattr(items, "close", None) if isinstance(items, Iterator) else None
         self._key = key
         self.in_memory = type(items) in (list, tuple, range)
 
+    def open(self) -> None:
+        """Begins to iterate; else that is done where it is read.
+
+        Raises:
+            TypeError: The items are nothing to iterate over.
+            Exception: What their `__iter__` raises.
+        """
+        try:
+            self._iterator = iter(self._items)
+        except StopIteration as error:
+            raise _no_end(error) from error
+        except TypeError as error:
+            hint = (
+                "; with an async iterable, await arun_two_stage" if hasattr(self._items, "__aiter__") else ""
+            )
+            raise TypeError(
+                f"items is {brief(self._items)}; expected something to iterate over{hint}"
+            ) from error
+
+    def _opened(self) -> Iterator[Any]:
+        if self._iterator is None:
+            self.open()
+        return cast("Iterator[Any]", self._iterator)
+
     def read(self, size: int) -> tuple[list[Any], list[Hashable] | None]:
         """Returns the next items, as many as there are up to `size`, and their keys."""
-        items = list(islice(self._items, size))
+        items = list(islice(self._opened(), size))
         return items, None if self._key is None else [_key_of(item, self._key) for item in items]
 
     def read_one(self, _: object = None) -> tuple[Any, Hashable]:
@@ -61,7 +80,7 @@ class Source:
         Raises:
             StopIteration: There is none.
         """
-        item = next(self._items)
+        item = next(self._opened())
         return item, _key_of(item, self._key)
 
     def close(self) -> None:
@@ -69,16 +88,6 @@ class Source:
         if self._close is not None:
             self._close()
             self._close = None
-
-
-def each(items: Iterable[Any]) -> Iterator[Any]:
-    """Gives the items, and touches them nowhere but where it is read itself."""
-    iterator = iter(items)
-    try:
-        yield from iterator
-    finally:
-        if iterator is items and hasattr(items, "close"):
-            items.close()
 
 
 class AsyncSource:
@@ -110,8 +119,8 @@ def _key_of(item: object, key: Key) -> Hashable:
         return None
     try:
         identity = key(item)
-    except (StopIteration, StopAsyncIteration) as error:  # as if the source was at its end
-        raise RuntimeError(f"a function of the job raised {type(error).__name__}") from error
+    except (StopIteration, StopAsyncIteration) as error:
+        raise _no_end(error) from error
     try:
         hash(identity)
     except TypeError:
@@ -119,6 +128,11 @@ def _key_of(item: object, key: Key) -> Hashable:
             f"key returned {type(identity).__name__} for item {brief(item)}; expected something hashable"
         ) from None
     return identity
+
+
+def _no_end(error: Exception) -> RuntimeError:
+    """Returns what is raised instead of an exception that would be taken for the source's end."""
+    return RuntimeError(f"a function of the job raised {type(error).__name__}")
 
 
 class ThreadReader(Runner):
