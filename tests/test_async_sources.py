@@ -14,6 +14,7 @@ from common import PATIENCE, LeaveError, ours
 from fakes import each, in_virtual_time
 
 from twostage import RunTimeout, aiter_two_stage, arun_two_stage
+from twostage.sources import LONGEST_READ
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -470,3 +471,83 @@ def test_job_that_is_left_open_closes_its_source_as_the_loop_ends(kind: type[Num
     asyncio.run(main())
     kept.clear()
     assert numbers.closed == 1 or not is_read_by_a_task(kind)
+
+
+def test_source_is_closed_by_its_task_though_that_is_to_end_before_it_begins(ending: threading.Event) -> None:
+    numbers = AsyncIterating()
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(numbers, str, str)
+        step = outcomes.__anext__()
+        step.send(None)  # the job is going on
+        outcomes._job.abandon()
+        assert ending.wait(PATIENCE)  # as nothing else can on this loop meanwhile
+        await patiently(outcomes.aclose())
+        step.close()
+
+    asyncio.run(main())
+    assert (numbers.read, numbers.closed) == (0, 1)
+    assert not ours()
+
+
+def test_source_that_does_not_let_itself_be_cancelled_is_read_no_further() -> None:
+    class Stubborn(AsyncIterating):
+        async def __anext__(self) -> int:
+            waiting.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(PATIENCE)
+            return await super().__anext__()
+
+    numbers = Stubborn()
+    waiting = asyncio.Event()
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(numbers, str, str)
+        awaited = asyncio.create_task(anext(outcomes, None))
+        await waiting.wait()
+        await patiently(outcomes.aclose())
+        await awaited
+
+    asyncio.run(main())
+    assert (numbers.read, numbers.closed) == (1, 1)
+
+
+def test_closing_of_an_async_source_is_awaited_however_long_it_takes() -> None:
+    class Slow(AsyncIterating):
+        async def aclose(self) -> None:
+            await asyncio.sleep(3 * LONGEST_READ)
+            await super().aclose()
+
+    numbers = Slow()
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(numbers, str, str)
+        await anext(outcomes)
+        await patiently(outcomes.aclose())
+        assert numbers.closed == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [Iterating, AsyncIterating])
+def test_source_that_fails_as_it_is_closed_is_told_of(
+    kind: type[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(kind):  # type: ignore[misc] # either
+        def close_here(self) -> None:
+            super().close_here()
+            raise LookupError
+
+    numbers = Failing()
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(numbers, str, str)
+        await anext(outcomes)
+        await patiently(outcomes.aclose())
+
+    asyncio.run(main())
+    assert numbers.closed == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "the source has failed as it was closed: <class 'LookupError'>"
+    ]
+    assert not ours()

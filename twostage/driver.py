@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from contextvars import ContextVar, copy_context
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from twostage.async_executor import AsyncExecutor
 from twostage.completions import Completions
 from twostage.coordinator import Message
+from twostage.loops import CallersLoop
 from twostage.pools import PoolRunner
 from twostage.runners import ExecutorRunner
 from twostage.sources import DirectReader, Source, TaskReader, ThreadReader
@@ -76,7 +76,6 @@ class ThreadDriver:
         self._runners: list[Runner] = []
         self._loop: AsyncExecutor | None = None  # of our own, if a stage needs one
         self.send = self._completions.put
-        self._tell: Callable[[Message], None] = self._messages.put
 
     def runner(self, work: Work) -> Runner:
         self._runners.append(self._runner(work))
@@ -113,6 +112,9 @@ class ThreadDriver:
         )
         self._thread.start()
 
+    def _tell(self, message: Message) -> None:
+        self._messages.put(message)
+
     def receive(self, *, block: bool) -> Message | None:
         if not block:  # nobody else takes, so what is there stays there
             return None if self._messages.empty() else self._messages.get()
@@ -144,17 +146,16 @@ class LoopDriver(ThreadDriver):
     def __init__(self) -> None:
         super().__init__()
         self._arrived = asyncio.Event()
-        self._tell = self._put_and_wake
-        self._callers: asyncio.AbstractEventLoop | None = None
+        self._callers = CallersLoop()
 
     def start(self, coordinator: Coordinator) -> None:
-        self._callers = asyncio.get_running_loop()
+        self._callers.enter()
         super().start(coordinator)
 
     def reader(self, source: Source | AsyncSource, ended: Handler) -> Runner:
         reader: Runner
         if not isinstance(source, Source):
-            reader = TaskReader(source, ended, self._completions, self._call_soon)
+            reader = TaskReader(source, ended, self._completions, self._callers)
         elif source.in_memory:
             reader = DirectReader(source, ended, self._completions)
         else:
@@ -163,19 +164,11 @@ class LoopDriver(ThreadDriver):
         return reader
 
     def _submit(self) -> Submit:
-        return lambda function: asyncio.run_coroutine_threadsafe(function(), self._running_loop())
+        return self._callers.submit
 
-    def _call_soon(self, function: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there any more
-            self._running_loop().call_soon_threadsafe(function)
-
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        assert self._callers is not None  # noqa: S101 - known since the start, before all that asks
-        return self._callers
-
-    def _put_and_wake(self, message: Message) -> None:
-        self._messages.put(message)
-        self._call_soon(self._arrived.set)
+    def _tell(self, message: Message) -> None:
+        super()._tell(message)
+        self._callers.call_soon(self._arrived.set)
 
     async def next_message(self) -> Message | None:
         """Returns the coordinator's next message, when it is there; `None` if another task has taken it."""

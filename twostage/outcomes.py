@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from twostage.errors import without_our_frames
+from twostage.loops import Turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -154,10 +155,12 @@ class AsyncJob(_Hand):
     def __init__(self, source: Source | AsyncSource, coordinator: Coordinator, driver: AsyncDriver) -> None:
         super().__init__(coordinator, driver)
         self._source = source
+        self._turn = Turn()
 
     async def advance(self) -> Outcome[Any, Any, Any] | None:
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
         self._start()
+        await self._turn.end_if_long()
         while not self._hand and not self._ended:
             await self._listen()
         return self._take() if self._hand else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -14,14 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.calls import Call
 from twostage.errors import brief, without_our_frames
+from twostage.loops import Turn
 from twostage.runners import Runner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Sequence
 
     from twostage.completions import Completions, Handler
+    from twostage.loops import CallersLoop
 
 __all__ = ["AsyncSource", "DirectReader", "Key", "Source", "TaskReader", "ThreadReader"]
+
+log = logging.getLogger("twostage")
 
 Key: TypeAlias = "Callable[[Any], Hashable] | None"
 """Gives an item's identity; `None` if each is itself."""
@@ -167,8 +172,10 @@ class ThreadReader(Runner):
                 put((self._read, call, self._source.read_one(), None))
         except BaseException as error:  # noqa: BLE001 - the source's end, or a failure that is the job's
             put((self._read, None, None, without_our_frames(error)))
-        finally:
+        try:
             self._source.close()
+        except BaseException as error:  # noqa: BLE001 - there is nobody to raise it for
+            _tell_of(error)
 
     def _read(self, call: Call, read: object, error: BaseException | None) -> None:
         self.out -= 1
@@ -212,7 +219,7 @@ class TaskReader(Runner):
         source: The source.
         ended: Hears of each item, and of the end.
         completions: Where that is put.
-        call_soon: Calls a function in the loop's thread.
+        loop: That loop.
     """
 
     def __init__(
@@ -220,39 +227,41 @@ class TaskReader(Runner):
         source: AsyncSource,
         ended: Handler,
         completions: Completions,
-        call_soon: Callable[[Callable[[], object]], object],
+        loop: CallersLoop,
     ) -> None:
         self._source = source
         self._ended = ended
         self._put = completions.put
-        self._call_soon = call_soon
+        self._loop = loop
         self._variables = copy_context()
         self._stopped = False
         self._over: Future[None] = Future()
         # The rest is the loop's.
         self._wanted = 0
         self._more = asyncio.Event()
-        self._reading = True
+        self._reading = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
         del first
         if calls:
-            self._call_soon(partial(self._want, len(calls)))
+            self._loop.call_soon(partial(self._want, len(calls)))
 
     def stop(self) -> None:
         if not self._stopped:
             self._stopped = True
-            self._call_soon(self._leave)
+            self._loop.call_soon(self._leave)
 
     def join(self) -> None:
-        wait([self._over], LONGEST_READ)
+        while not (self._over.done() or self._loop.is_closed):
+            wait([self._over], LONGEST_READ)
 
     def _want(self, items: int) -> None:
         self._wanted += items
         self._more.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._read(), context=self._variables)
+            self._task.add_done_callback(self._end)
 
     def _leave(self) -> None:
         if self._task is None:
@@ -260,27 +269,36 @@ class TaskReader(Runner):
         elif self._reading:
             self._task.cancel()
 
+    def _end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _tell_of(error)
+        self._over.set_result(None)
+
     async def _read(self) -> None:
-        try:
-            error = await self._read_on()
-            self._reading = False
-            if error is not None:
-                self._put((self._ended, None, None, error))
-            await self._source.close()
-        finally:
-            self._over.set_result(None)
+        self._reading = True
+        error = await self._read_on()
+        self._reading = False
+        if error is not None:
+            self._put((self._ended, None, None, error))
+        await self._source.close()
 
     async def _read_on(self) -> BaseException | None:
         """Returns why no more is read; `None` if that was asked for."""
+        turn = Turn()
         try:
             while not self._stopped:
                 await self._more.wait()
-                while self._wanted:
+                while self._wanted and not self._stopped:
                     self._put((self._ended, Call(), await self._source.read_one(), None))
                     self._wanted -= 1
+                    await turn.end_if_long()
                 self._more.clear()
         except StopAsyncIteration:
             return StopIteration()
         except BaseException as error:  # noqa: BLE001 - it is the job's failure
             return None if self._stopped else without_our_frames(error)
         return None
+
+
+def _tell_of(error: BaseException) -> None:
+    log.warning("the source has failed as it was closed: %r", type(error))
