@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from asynchronous import patiently, turns
+from asynchronous import patiently, turns, until
 from common import PATIENCE, ours
 
 from twostage import aiter_two_stage, arun_two_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
 
 pytestmark = pytest.mark.usefixtures("asyncio_is_quiet")
 
@@ -80,3 +83,53 @@ def test_thread_of_the_coordinator_that_cannot_be_started_ends_the_job(
 
     asyncio.run(main())
     assert not ours()
+
+
+# --- whoever awaits it is gone
+
+
+def test_coroutine_that_is_closed_ends_the_job_without_waiting() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(range(3), str, lambda _: release.wait(PATIENCE))
+        for step in (outcomes.__anext__(), arun_two_stage(range(3), str, lambda _: release.wait(PATIENCE))):
+            await await_and_close(step)
+        assert await anext(outcomes, None) is None
+        release.set()
+        await until(lambda: not ours())
+
+    asyncio.run(main())
+
+
+async def await_and_close(coroutine: Coroutine[Any, Any, object]) -> None:
+    """As Python does it with what awaits something for ever on a loop that is gone."""
+    coroutine.send(None)
+    await turns()
+    coroutine.send(None)
+    coroutine.close()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_source_that_blocks_is_not_touched_by_who_closes_the_job_again(times: int) -> None:
+    release = threading.Event()
+    closed: list[str] = []
+
+    def source() -> Iterator[int]:
+        try:
+            yield 1
+            assert release.wait(PATIENCE)
+        finally:
+            closed.append(threading.current_thread().name)
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(source(), str, str)
+        await anext(outcomes)
+        for _ in range(times):
+            await patiently(outcomes.aclose())
+        assert not closed
+        release.set()
+        await until(lambda: not ours())
+
+    asyncio.run(main())
+    assert closed == ["twostage-source"]

@@ -160,9 +160,13 @@ class AsyncJob(_Hand):
     async def advance(self) -> Outcome[Any, Any, Any] | None:
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
         self._start()
-        await self._turn.end_if_long()
-        while not self._hand and not self._ended:
-            await self._listen()
+        try:
+            await self._turn.end_if_long()
+            while not self._hand and not self._ended:
+                await self._listen()
+        except GeneratorExit:  # nothing can be awaited any more
+            self._over()
+            raise
         return self._take() if self._hand else None
 
     async def _listen(self) -> None:
