@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from contextvars import ContextVar, copy_context
@@ -75,6 +76,7 @@ class ThreadDriver:
         self._thread: threading.Thread | None = None
         self._runners: list[Runner] = []
         self._loop: AsyncExecutor | None = None  # of our own, if a stage needs one
+        self._callers: CallersLoop | None = None
         self.send = self._completions.put
 
     def runner(self, work: Work) -> Runner:
@@ -106,6 +108,7 @@ class ThreadDriver:
                 self._completions,
                 partial(_join, self._runners, self._loop),
                 self._tell,
+                self._callers,
             ),
             name="twostage-coordinator",
             daemon=True,
@@ -125,7 +128,7 @@ class ThreadDriver:
             except Empty:
                 pass
             if not alive:
-                return _gone()
+                return _over("the coordinator's thread is gone")
 
     def _is_alive(self) -> bool:
         """Whether the thread runs: not if it could not be started, or Ctrl-C came just before."""
@@ -136,12 +139,14 @@ class ThreadDriver:
             self._thread.join(LONGEST_GET)
 
 
-def _gone() -> Message:
-    return Message([], 0, leave=False, ended=True, error=RuntimeError("the coordinator's thread is gone"))
+def _over(why: str) -> Message:
+    return Message([], 0, leave=False, ended=True, error=RuntimeError(why))
 
 
 class LoopDriver(ThreadDriver):
     """The same for a consumer on an event loop: that is never blocked, and coroutines run on it as well."""
+
+    _callers: CallersLoop
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +180,7 @@ class LoopDriver(ThreadDriver):
         alive = self._is_alive()
         if self._messages.empty():
             if not alive:
-                return _gone()
+                return _over("the coordinator's thread is gone")
             self._arrived.clear()
             await self._arrived.wait()
         return self.receive(block=False)
@@ -186,15 +191,21 @@ def _drive(
     completions: Completions,
     join: Callable[[], None],
     tell: Callable[[Message], None],
+    callers: CallersLoop | None,
 ) -> None:
     """Runs a coordinator to its end. A function: the thread holds nothing that a user may drop."""
     clock = time.monotonic
     message = coordinator.handle((), clock())
+    longest = math.inf if callers is None else LONGEST_GET  # nobody tells when a loop is closed
     while message is None or not message.ended:
         if message is not None:
             tell(message)
+        if callers is not None and callers.is_closed:  # what ran on it never ends
+            coordinator.close(None, None, None)
+            message = _over("the event loop that the job belonged to has been closed")
+            break
         due = coordinator.due()
-        events = completions.take(None if due is None else due - clock())
+        events = completions.take(min(longest, math.inf if due is None else due - clock()))
         message = coordinator.handle(events, clock())
         del events  # nor an exception, while it waits
     join()

@@ -77,7 +77,7 @@ class TaskRunner(Runner):
         if self._served is None:
             self._served = self._work.variables.copy().run(self._submit, self._serve)
             self._completions.add(self._served, (self._serve_ended, None, None, None))
-            atexit.register(self._served.cancel)  # a job that is left would keep Python from ending
+            atexit.register(self._leave)  # a job that is left would keep Python from ending
         self.out += len(calls)
         (self._first if first else self._queue).extend(calls)
         self._wake()
@@ -149,22 +149,34 @@ class TaskRunner(Runner):
     def stop(self) -> None:
         self.take_back()
 
+    def _leave(self) -> None:
+        if self._served is not None and not (self._loop is not None and self._loop.is_closed()):
+            self._served.cancel()
+
     def join(self) -> None:
         served = self._served
         if served is None:
             return
+        atexit.unregister(self._leave)
         if self._loop is None:
             served.cancel()  # whatever the context waits for as it is entered
         else:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
+            try:
                 self._loop.call_soon_threadsafe(self._closing.set)
+            except RuntimeError:  # it is closed: nothing ends there any more
+                return
         with contextlib.suppress(CancelledError):
-            error = served.exception()
+            error = self._error_of(served)
             if error is not None and self._loop is not None:
                 left_badly(self._work, error)
-        atexit.unregister(served.cancel)
         self._served = None  # it holds its event, which leads back here
         self.given_up = len(self._hung)
+
+    def _error_of(self, served: Future[None]) -> BaseException | None:
+        while self._loop is None or not self._loop.is_closed():
+            with contextlib.suppress(TimeoutError):
+                return served.exception(LONGEST_CANCEL)
+        return None
 
     # --- in the loop's thread
 
