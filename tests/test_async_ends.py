@@ -330,6 +330,29 @@ def test_what_is_no_exception_ends_the_job_and_is_raised_as_it_is(
         assert not ours()
 
 
+def test_ctrl_c_that_comes_in_a_coroutine_while_what_runs_is_awaited_gives_that_up(
+    ending: threading.Event,
+) -> None:
+    begun: list[int] = []
+
+    async def fetch(number: int) -> None:
+        begun.append(number)
+        await until(ending.is_set)
+        if number == 0:
+            raise KeyboardInterrupt
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        job = asyncio.create_task(arun_two_stage(range(3), int, fetch))
+        await until(lambda: len(begun) == 3)
+        job.cancel()
+        await job
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    until_in_threads(lambda: not ours())
+
+
 @each_async_way
 @plain_and_awaited
 def test_failure_waits_for_what_runs(job: Run, ending: threading.Event, *, awaited: bool) -> None:
@@ -463,7 +486,7 @@ def test_outcomes_may_be_awaited_by_several_tasks_at_once() -> None:
         return item
 
     async def main() -> list[Any]:
-        outcomes = aiter_two_stage(range(3), str, fetch)
+        outcomes = aiter_two_stage(range(3), int, fetch)
         tasks = [asyncio.create_task(anext(outcomes, None)) for _ in range(5)]
         await turns()
         release.set()

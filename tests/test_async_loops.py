@@ -193,7 +193,8 @@ def test_job_may_be_awaited_inside_of_an_attempt() -> None:
 
         async def on_the_executor(number: int) -> list[int]:
             one = stage(double, executor=executor)
-            return await arun_two_stage([number], one, one)
+            results: list[int] = await arun_two_stage([number], one, one)
+            return results
 
         outer = stage(on_the_executor, executor=executor, workers=1)
         assert arun(range(5), int, outer) == [[4 * number] for number in range(5)]

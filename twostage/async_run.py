@@ -168,7 +168,7 @@ async def arun_two_stage(
 @overload
 async def arun_two_stage(
     items: Iterable[ItemT] | AsyncIterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -179,7 +179,29 @@ async def arun_two_stage(
 @overload
 async def arun_two_stage(
     items: Iterable[ItemT] | AsyncIterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+async def arun_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -480,7 +502,20 @@ def aiter_two_stage(
 @overload
 def aiter_two_stage(
     items: Iterable[ItemT] | AsyncIterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> AsyncOutcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def aiter_two_stage(
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,

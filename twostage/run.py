@@ -193,7 +193,7 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -204,7 +204,29 @@ def run_two_stage(
 @overload
 def run_two_stage(
     items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT | Exception]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options[ItemT]],
+) -> list[ResultT]: ...
+@overload
+def run_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,
@@ -522,7 +544,20 @@ def iter_two_stage(
 @overload
 def iter_two_stage(
     items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT],
+    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
+    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
+    *,
+    batch_size: Default | None = ...,
+    many: Literal[False] | Default = ...,
+    return_exceptions: bool = ...,
+    ordered: bool = ...,
+    linger: float | None = ...,
+    **options: Unpack[Options[ItemT]],
+) -> Outcomes[ItemT, TokenT, ResultT]: ...
+@overload
+def iter_two_stage(
+    items: Iterable[ItemT],
+    fetch_token: Callable[[ItemT], TokenT],
     fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
     *,
     batch_size: Default | None = ...,

@@ -58,6 +58,7 @@ class TaskRunner(Runner):
         self._queue: deque[Call] = deque()
         self._first: deque[Call] = deque()
         self._served: Future[None] | None = None  # the call on the executor
+        self._stopped = False
         # The rest is the loop's, but that who takes an attempt out of `_running` first, its end or the
         # coordinator that gives it up, has it. `_busy` goes down before the loop looks for a next call,
         # and calls are handed over before the coordinator looks at `_busy`: one of the two sees them.
@@ -147,6 +148,7 @@ class TaskRunner(Runner):
         return back
 
     def stop(self) -> None:
+        self._stopped = True
         self.take_back()
 
     def _leave(self) -> None:
@@ -222,7 +224,7 @@ class TaskRunner(Runner):
             self._busy -= 1
             self._beginning -= 1
             self._begin()
-        elif task.result():
+        elif task.exception() is None and task.result():
             self._begin()
 
     async def _go_on(self) -> bool:
@@ -257,6 +259,8 @@ class TaskRunner(Runner):
                     error = cancelled(error)
                 self._busy -= 1
                 put((self._attempt_ended, call, None, error))
+                if self._stopped and isinstance(error, KeyboardInterrupt):
+                    raise error  # a second Ctrl-C, which came just while the call ran, gives up the waiting
                 return False
             put((self._attempt_ended, call, answer, None))
             del call, asked, answer  # nothing of an attempt is kept while the next runs

@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Generator
 from contextlib import AsyncExitStack
 from contextvars import copy_context
 from itertools import count
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
 
 from twostage.async_executor import ended
 from twostage.calls import Batch, ListedToken

@@ -318,6 +318,8 @@ def coroutine_functions(ids: list[int]) -> None:
     assert_type(run_two_stage(ids, Stage(fetch_later), fetch_report_later), list[Report])
     assert_type(run_two_stage(ids, fetch_later, Stage(fetch_report_later)), list[Report])
     assert_type(iter_two_stage(ids, fetch_later, fetch_report_later), Outcomes[int, Token, Report])
+    assert_type(iter_two_stage(ids, fetch_later, str), Outcomes[int, Token, str])
+    assert_type(iter_two_stage(ids, fetch_token, str), Outcomes[int, Token, str])
     assert_type(Stage(fetch_later), Stage[int, Token])
     assert_type(Stage(fetch_all_later, batch_size=9), Stage[int, Token])
     assert_type(Stage(fetch_by, context=Client), Stage[Token, Report])
@@ -374,7 +376,7 @@ def generate_tokens(items: list[int]) -> Iterator[Token]:
 def wrong_functions(ids: list[int], words: list[str]) -> None:
     run_two_stage(words, fetch_token, fetch_report)  # type: ignore[arg-type] # takes an int, gets a str
     run_two_stage(ids, fetch_token, ord)  # type: ignore[arg-type, misc] # takes a str, gets a Token
-    run_two_stage(ids, fetch_token, Stage(ord))  # type: ignore[misc] # the same
+    run_two_stage(ids, fetch_token, Stage(ord))  # type: ignore[arg-type] # the same
     run_two_stage(ids, fetch_tokens, fetch_report)  # type: ignore[arg-type] # no batch_size
     run_two_stage(ids, fetch_token, fetch_report, batch_size=9)  # type: ignore[arg-type] # takes one item
     run_two_stage(ids, generate_tokens, fetch_report, batch_size=9)  # type: ignore[arg-type] # no length
