@@ -159,22 +159,21 @@ class TaskRunner(Runner):
         served = self._served
         if served is None:
             return
-        atexit.unregister(self._leave)
         if self._loop is None:
             served.cancel()  # whatever the context waits for as it is entered
         else:
-            try:
+            with contextlib.suppress(RuntimeError):  # it is closed
                 self._loop.call_soon_threadsafe(self._closing.set)
-            except RuntimeError:  # it is closed: nothing ends there any more
-                return
         with contextlib.suppress(CancelledError):
             error = self._error_of(served)
             if error is not None and self._loop is not None:
                 left_badly(self._work, error)
+        atexit.unregister(self._leave)
         self._served = None  # it holds its event, which leads back here
         self.given_up = len(self._hung)
 
     def _error_of(self, served: Future[None]) -> BaseException | None:
+        """Waits for the call on the executor, unless its loop is closed: nothing ends there any more."""
         while self._loop is None or not self._loop.is_closed():
             with contextlib.suppress(TimeoutError):
                 return served.exception(LONGEST_CANCEL)
