@@ -447,11 +447,12 @@ SCRIPT = """
     end = Coordinator._end
 
     def end_and_tell(coordinator, error):
-        if not coordinator.ending:
+        is_news = not coordinator.ending
+        end(coordinator, error)
+        if is_news:
             print("ending", flush=True)
             if ONCE:
                 over.set()
-        end(coordinator, error)
 
     Coordinator._end = end_and_tell
 
