@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter, UserDict, UserList
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.message import Message
 from functools import partial
@@ -676,7 +676,8 @@ def script(folder: Path, text: str, *options: str) -> Iterator[subprocess.Popen[
         try:
             yield process
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):  # there is nobody left, unless the test has failed
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 FORK: Final = """
