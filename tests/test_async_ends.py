@@ -527,12 +527,15 @@ def test_thread_of_the_coordinator_that_cannot_be_started_ends_the_job(
     def fail(_: threading.Thread) -> None:
         raise error
 
+    source = (number for number in itertools.count())
+
     async def main() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", fail)
             with pytest.raises(RuntimeError) as raised:
-                await patiently(arun_two_stage([1], str, str))
+                await patiently(arun_two_stage(source, str, str))
             assert raised.value is error
+            assert next(source, None) is None  # closed
             outcomes = aiter_two_stage([1], str, str)
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 await patiently(anext(outcomes))

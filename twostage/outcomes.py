@@ -156,10 +156,12 @@ class AsyncJob(_Hand):
         super().__init__(coordinator, driver)
         self._source = source
         self._turn = Turn()
+        self._begun = False
 
     async def advance(self) -> Outcome[Any, Any, Any] | None:
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
         self._start()
+        self._begun = True
         try:
             await self._turn.end_if_long()
             while not self._hand and not self._ended:
@@ -176,7 +178,6 @@ class AsyncJob(_Hand):
 
     async def close(self) -> None:
         """Ends the job and waits for the calls that run. Harmless if it has ended."""
-        begun = self._running or self._ended
         try:
             if self._running:
                 self.abandon()
@@ -185,7 +186,7 @@ class AsyncJob(_Hand):
                 self._driver.join()
         finally:  # also if a second cancellation has given up the waiting
             self._over()
-        if not begun:  # else who reads the source closes it
+        if not self._begun:  # else who reads the source closes it
             closing = self._source.close()
             if closing is not None:
                 await closing
