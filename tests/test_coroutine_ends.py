@@ -151,6 +151,7 @@ SCRIPT: Final = """
     import asyncio, atexit, logging, signal, threading, time
     from twostage import AsyncExecutor, Stage, iter_two_stage, run_two_stage
     from twostage.coordinator import Coordinator
+    from twostage.outcomes import Job
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
     ALWAYS = Retrying(retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(9), wait=wait_none())
@@ -271,11 +272,11 @@ def test_second_sigint_gives_up_a_context_that_is_not_left() -> None:
         async def fetch(token, client):
             return token
 
-        def interrupt(number, frame):
-            print("interrupted", flush=True)
-            signal.default_int_handler(number, frame)
+        def close_and_tell(job):
+            print("closing", flush=True)
+            close(job)
 
-        signal.signal(signal.SIGINT, interrupt)
+        close, Job.close = Job.close, close_and_tell
         try:
             run_two_stage(range(4), batches, Stage(fetch, context=Client), batch_size=4)
         except KeyboardInterrupt:
@@ -283,9 +284,9 @@ def test_second_sigint_gives_up_a_context_that_is_not_left() -> None:
     """
     with script(body, run="pass") as process:
         interrupt_when("leaving", process)
-        interrupt_when("interrupted", process)
+        interrupt_when("closing", process)  # the first interrupt has come
         output, errors = process.communicate(timeout=PATIENCE)
-    assert output == "interrupted\ngiven up\ncut off\n"
+    assert output == "given up\ncut off\n"
     assert errors == ""
     assert process.returncode == 0
 
