@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -117,6 +119,28 @@ def nothing_collected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@contextmanager
+def switching() -> Iterator[None]:
+    """Has threads take turns at every opportunity."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def ran(script: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own, to its end."""
+    return subprocess.run(  # noqa: S603 - a script of the tests
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
 def given_up_in(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -8,8 +8,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvloop
-from common import Clock
+from common import Clock, ours
+from loops import LOOPS
 
 from twostage import AsyncExecutor
 from twostage.completions import Completions
@@ -18,6 +18,8 @@ from twostage.testing import VirtualTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from loops import LoopFactory
 
     from twostage.completions import Event
 
@@ -85,14 +87,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture(params=["a loop of its own", "asyncio", "uvloop"])
+@pytest.fixture(params=["a loop of its own", *LOOPS])
 def on(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Gives the setting of a stage that says which loop it has."""
-    if request.param == "a loop of its own":
+    if request.param not in LOOPS:
         yield {}
         return
-    factory = uvloop.new_event_loop if request.param == "uvloop" else None
-    with AsyncExecutor(loop_factory=factory) as executor:
+    with AsyncExecutor(loop_factory=LOOPS[request.param]) as executor:
         yield {"executor": executor}
 
 
@@ -102,3 +103,15 @@ def asyncio_is_quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     gc.collect()
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.fixture(params=list(LOOPS.values()), ids=list(LOOPS))
+def loop_factory(request: pytest.FixtureRequest) -> Any:  # noqa: ANN401 - a factory, or none
+    return request.param
+
+
+@pytest.fixture
+def executor(loop_factory: LoopFactory | None) -> Iterator[AsyncExecutor]:
+    with AsyncExecutor(loop_factory=loop_factory) as executor:
+        yield executor
+    assert not ours()

@@ -363,7 +363,8 @@ def test_finished_list_keeps_nothing_but_its_results(made: Any) -> None:  # noqa
 
     async def main() -> list[Any]:
         items = (item for item in itertools.islice(source, 50))
-        return await arun_two_stage(items, made(id), made(str))
+        results: list[Any] = await arun_two_stage(items, made(id), made(str))
+        return results
 
     with nothing_collected():
         assert len(asyncio.run(main())) == 50

@@ -17,13 +17,13 @@ import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from contextvars import copy_context
 from functools import partial
 from subprocess import PIPE, Popen
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from alone import Alone, number_of, numbered
 from common import (
     AT_ONCE,
     PATIENCE,
@@ -33,6 +33,7 @@ from common import (
     iterate,
     nothing_collected,
     ours,
+    switching,
     until,
 )
 from fakes import each, stage
@@ -50,15 +51,11 @@ from twostage import (
     iter_two_stage,
     pools,
 )
-from twostage.completions import Completions
 from twostage.pools import PoolRunner
-from twostage.runners import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
-
-    from twostage.calls import Call
 
 
 class Hanging:
@@ -408,49 +405,16 @@ def test_thread_that_cannot_be_started_for_another_ends_the_job(
 # --- inside the pool
 
 
-class Alone:
-    """A runner alone, with a clock that stands still: the test is the coordinator."""
-
-    def __init__(self, fetch: Callable[[Call], object], *, workers: int, attempt_timeout: float = 30) -> None:
-        self.now = 1000.0
-        self.ends: list[tuple[Call, object, BaseException | None]] = []
-        self._completions = Completions()
-        work = Work("stage two", fetch, self._same, self._end, workers, copy_context(), None, attempt_timeout)
-        self.runner = PoolRunner(work, self._completions, lambda: self.now)
-
-    def _same(self, call: Call) -> Call:
-        return call
-
-    def _end(self, call: Call, answer: object, error: BaseException | None) -> None:
-        self.ends.append((call, answer, error))
-
-    def take(self, number: int) -> None:
-        """Takes events until so many ends have come."""
-        while len(self.ends) < number:
-            events = self._completions.take(PATIENCE)
-            assert events
-            for handler, subject, answer, error in events:
-                handler(subject, answer, error)
-
-
 @contextmanager
-def alone(fetch: Hanging, **settings: Any) -> Iterator[Alone]:  # noqa: ANN401 - of any
-    alone = Alone(lambda call: fetch(number_of(call)), **settings)
+def alone(fetch: Hanging, *, workers: int, attempt_timeout: float = 30) -> Iterator[Alone]:
+    alone = Alone(
+        PoolRunner, lambda call: fetch(number_of(call)), workers=workers, attempt_timeout=attempt_timeout
+    )
     with released(fetch):
         try:
             yield alone
         finally:
-            alone.runner.stop()
-            alone.runner.join()
-
-
-def numbered(item: int) -> Call:
-    return Outcome(item, item)
-
-
-def number_of(call: Call) -> int:
-    assert isinstance(call, Outcome)
-    return call.index
+            alone.close()
 
 
 def test_runner_gives_the_place_to_what_was_handed_over(caplog: pytest.LogCaptureFixture) -> None:
@@ -659,23 +623,21 @@ def test_end_and_giving_up_race_and_one_of_them_wins(seed: int) -> None:
             retry=retry_if_exception_type(AttemptTimeout), stop=stop_after_attempt(5), wait=wait_none()
         ),
     }
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
     logging.disable()
     try:
-        for _ in range(3):
-            results = iterate(
-                range(100),
-                Stage(fetch, workers=3, **settings),
-                Stage(fetch, workers=5, **settings),
-                return_exceptions=True,
-            )
-            assert len(results) == 100
-            for item, result in enumerate(results):
-                assert isinstance(result, AttemptTimeout) or result == item + 2
+        with switching():
+            for _ in range(3):
+                results = iterate(
+                    range(100),
+                    Stage(fetch, workers=3, **settings),
+                    Stage(fetch, workers=5, **settings),
+                    return_exceptions=True,
+                )
+                assert len(results) == 100
+                for item, result in enumerate(results):
+                    assert isinstance(result, AttemptTimeout) or result == item + 2
     finally:
         logging.disable(logging.NOTSET)
-        sys.setswitchinterval(interval)
     until(lambda: not ours())
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from common import (
     ALWAYS,
-    PATIENCE,
     Run,
     each_way,
     ours,
+    ran,
     source_of,
 )
 
@@ -172,13 +170,3 @@ def test_script_ends_though_an_iterator_with_nothing_to_do_is_left() -> None:
     """It waits for its consumer, who is gone."""
     process = ran(dedent(SCRIPT).replace("time.sleep(0.02)", "pass"))
     assert (process.returncode, process.stderr) == (0, "")
-
-
-def ran(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - a script of this file
-        [sys.executable, "-W", "error", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 from twostage.errors import without_our_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
     from contextvars import Context
 
 __all__ = ["LOT", "AsyncExecutor", "Ended", "ended"]
@@ -32,7 +32,7 @@ Ended: TypeAlias = "tuple[Any, BaseException | None]"
 """How a call of a coroutine function ended: its answer, or the error."""
 
 
-async def ended(function: Callable[..., Any], *args: object, **kwargs: object) -> Ended:
+async def ended(function: Callable[..., Any], /, *args: object, **kwargs: object) -> Ended:
     """Calls a coroutine function and returns how that ended.
 
     Nothing is raised: a `SystemExit` that leaves its task ends the loop, and all other tasks with it.
@@ -96,6 +96,17 @@ class AsyncExecutor(Executor):
         self._loop.submit(_Submitted(future, fn, args, kwargs, copy_context()))
         return future
 
+    if TYPE_CHECKING:
+
+        def map(  # type: ignore[override] # as above
+            self,
+            fn: Callable[..., Awaitable[T]],
+            *iterables: Iterable[Any],
+            timeout: float | None = None,
+            chunksize: int = 1,
+        ) -> Iterator[T]:
+            """Submits `fn` for each of the arguments; returns the answers in their order."""
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - `Executor`'s
         """Takes no more calls, and ends the loop when those that run have ended.
 
@@ -141,19 +152,28 @@ class _TaskFuture(Future[Any]):
     def runs_as(self, task: asyncio.Task[Ended]) -> None:
         """Hears which task it is; in the loop's thread, as all that follows."""
         self._task = task
-        task.add_done_callback(self._end)
+        task.add_done_callback(self._task_ended)
 
-    def _end(self, task: asyncio.Task[Ended]) -> None:
+    def _task_ended(self, task: asyncio.Task[Ended]) -> None:
         self._task = None
-        answer, error = (None, asyncio.CancelledError()) if task.cancelled() else task.result()
+        self.end(*((None, asyncio.CancelledError()) if task.cancelled() else task.result()))
+
+    def end(self, answer: object, error: BaseException | None) -> None:
+        """Is done from now on."""
         if isinstance(error, asyncio.CancelledError):
-            super().cancel()
-        if not self.set_running_or_notify_cancel():
+            self._is_cancelled()
             return
+        self.set_running_or_notify_cancel()
         if error is None:
             self.set_result(answer)
         else:
             self.set_exception(error)
+
+    def _is_cancelled(self) -> None:
+        try:
+            super().cancel()
+        finally:  # a callback may raise
+            self.set_running_or_notify_cancel()  # who waits for it is told by this only
 
     def _cancel_task(self) -> None:
         if self._task is not None:
@@ -170,8 +190,7 @@ class _TaskFuture(Future[Any]):
             Whether it had not ended by itself.
         """
         if self._claim.acquire(blocking=False):
-            super().cancel()
-            self.set_running_or_notify_cancel()  # who waits for it is told by this only
+            self._is_cancelled()
             return True
         if self.done():
             return self.cancelled()
@@ -187,13 +206,13 @@ class _LoopThread:
 
     def __init__(self, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None) -> None:
         self._loop_factory = loop_factory
-        self._lock = (
-            threading.Lock()
-        )  # held while something is handed to the loop, which then can't be closed
+        # Of the next three. A signal's handler, or the collector that finds the executor in a cycle, may
+        # finish it in the middle of what the same thread does here.
+        self._lock = threading.RLock()
         self._waiting: deque[_Submitted] = deque()
         self._woken = False  # a look at those that wait is on its way
         self._finishing = False
-        self._finished = asyncio.Event()
+        self._cleaning: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Ended]] = set()  # or nobody but a cycle may hold them
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -202,17 +221,18 @@ class _LoopThread:
         with self._lock:
             if self._finishing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            if self._thread is None:
-                self._start()
+            if self._loop is None:
+                self._loop = self._start()
             self._waiting.append(call)
-            self._wake()
+            if not self._woken:
+                self._loop.call_soon_threadsafe(self._begin)
+                self._woken = True
 
     def call(self, function: Callable[[], object]) -> None:
         """Calls `function` in the loop's thread, unless that has ended."""
-        with self._lock:
-            if self._loop is not None and not self._loop.is_closed():
-                with contextlib.suppress(RuntimeError):  # it is closed just now
-                    self._loop.call_soon_threadsafe(function)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(function)
 
     def finish(self, *, cancel_futures: bool = False) -> None:
         with self._lock:
@@ -226,51 +246,47 @@ class _LoopThread:
         if self._thread is not None:
             self._thread.join()
 
-    def _start(self) -> None:
+    def _start(self) -> asyncio.AbstractEventLoop:
         made: Future[asyncio.AbstractEventLoop] = Future()
         thread = threading.Thread(target=self._run, args=(made,), name="twostage-loop", daemon=True)
         thread.start()
-        self._loop = made.result()
+        loop = made.result()
         self._thread = thread
         _running.add(self)
+        return loop
 
     def _run(self, made: Future[asyncio.AbstractEventLoop]) -> None:
         try:
-            runner = asyncio.Runner(loop_factory=self._loop_factory)
-            loop = runner.get_loop()
+            loop = (self._loop_factory or asyncio.new_event_loop)()
         except BaseException as error:  # noqa: BLE001 - for who submits
             made.set_exception(error)
             return
         made.set_result(loop)
-        try:
-            main = loop.create_task(self._finished.wait())
-            while not main.done():
-                # A task that a call has started may raise them: they are for those who await it.
-                with contextlib.suppress(SystemExit, KeyboardInterrupt):
-                    loop.run_until_complete(main)
-        finally:
-            # Python 3.12 has no thread to join those of `to_thread` with, when it ends; they have ended then.
-            with contextlib.suppress(RuntimeError):
-                runner.close()
-
-    def _wake(self) -> None:
-        if not self._woken:
-            self._woken = True
-            assert self._loop is not None  # noqa: S101 - for the type checker
-            self._loop.call_soon_threadsafe(self._begin)
+        while self._cleaning is None or not self._cleaning.done():
+            # A task that a call has started may raise them: they are for those who await it.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                loop.run_forever()
+        loop.close()
 
     def _begin(self) -> None:
         """Begins what waits, so much of it that the loop's other work is not held up."""
-        self._woken = False
         loop = asyncio.get_running_loop()
         for _ in range(min(LOT, len(self._waiting))):
             future, function, args, kwargs, context = self._waiting.popleft()
             if future.begin():
-                task = loop.create_task(ended(function, *args, **kwargs), context=context)
+                coroutine = ended(function, *args, **kwargs)
+                try:
+                    task = loop.create_task(coroutine, context=context)
+                except BaseException as error:  # noqa: BLE001 - a task factory's, for who submits
+                    coroutine.close()
+                    future.end(None, error)
+                    continue
                 self._tasks.add(task)
                 future.runs_as(task)
                 task.add_done_callback(self._task_ended)
-        if self._waiting:
+        with self._lock:
+            self._woken = bool(self._waiting)
+        if self._woken:
             loop.call_soon(self._begin)
         self._look()
 
@@ -279,8 +295,27 @@ class _LoopThread:
         self._look()
 
     def _look(self) -> None:
-        if self._finishing and not self._tasks and not self._waiting:
-            self._finished.set()
+        if self._finishing and not self._tasks and not self._waiting and self._cleaning is None:
+            loop = asyncio.get_running_loop()
+            # No task factory of the user's has a say in this one.
+            self._cleaning = asyncio.Task(_clean_up(loop), loop=loop)
+            self._cleaning.add_done_callback(lambda _: loop.stop())
+
+
+async def _clean_up(loop: asyncio.AbstractEventLoop) -> None:
+    """Ends what the calls have left, as at the end of `asyncio.run`.
+
+    Here it goes on whatever is raised in the loop, and whoever stops it.
+    """
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)
+    await loop.shutdown_asyncgens()
+    # As Python ends, its pools' threads are gone already, and 3.12 starts none to wait for them.
+    with contextlib.suppress(RuntimeError):
+        await loop.shutdown_default_executor()
 
 
 _running: weakref.WeakSet[_LoopThread] = weakref.WeakSet()

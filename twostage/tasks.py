@@ -32,7 +32,7 @@ Submit: TypeAlias = "Callable[[Callable[[], Coroutine[Any, Any, None]]], Future[
 
 Task: TypeAlias = "asyncio.Task[bool]"
 
-CALLS_A_TASK = 16
+CALLS_A_TASK = 4
 """How many calls a task goes on for, before the loop looks at its other work even if none of them waits."""
 
 LONGEST_CANCEL = 1.0
@@ -222,8 +222,9 @@ class TaskRunner(Runner):
         if task.cancelled():  # before it began
             self._busy -= 1
             self._beginning -= 1
-            self._begin()
-        elif task.exception() is None and task.result():
+        elif task.exception() is not None or not task.result():
+            return
+        if not self._woken:  # else its place is given away with others, not so many at a time
             self._begin()
 
     async def _go_on(self) -> bool:
