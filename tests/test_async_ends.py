@@ -174,6 +174,23 @@ def test_cancellation_in_the_first_rounds_of_the_loop_leaves_nothing(form: Form,
     asyncio.run(main())
 
 
+def test_list_that_may_have_failures_can_be_cancelled() -> None:
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def fetch(number: int) -> None:
+            begun.set()
+
+        settings: dict[str, Any] = {"return_exceptions": True, "max_failures": 3}
+        job = asyncio.create_task(arun_two_stage(itertools.count(), int, fetch, **settings))
+        await begun.wait()
+        job.cancel()
+        assert isinstance(await until_ended(job), asyncio.CancelledError)
+
+    asyncio.run(main())
+    assert not ours()
+
+
 def test_cancellation_ends_what_an_async_source_waits_for() -> None:
     waiting = asyncio.Event()
     ended: list[BaseException] = []

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 from twostage.building import ItemsOptions, RunOptions, build_async, settled
-from twostage.handover import value_of
 from twostage.outcomes import AsyncOutcomes
-from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, Options, with_outcomes
+from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, Options
 from twostage.stage import (
     DEFAULT_RETRY,
     ONE_ITEM_A_CALL,
@@ -363,10 +362,10 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     try:
         await job.advance()  # to the end: with a list to fill, no outcome is handed over
         if job.error is not None:
-            raise with_outcomes(job.error, results)
+            raise job.error
     finally:
         await job.close()
-    return results if max_failures is None else list(map(value_of, results))
+    return results
 
 
 @overload

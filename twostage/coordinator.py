@@ -679,6 +679,7 @@ class Coordinator:
         self.asked += wanted * self.batch_size
         message = Message(self.handing.take_ready(), wanted, leave, ended, self.error)
         if ended:
+            self.handing.finish(self.error)
             # An exception's traceback leads back here, by the frames of its worker.
-            self.handing.results = self.error = self.timed_out = self.too_many = None
+            self.error = self.timed_out = self.too_many = None
         return message

@@ -6,13 +6,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from twostage.calls import Outcome
+from twostage.errors import TooManyFailures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twostage.twins import Twins
 
-__all__ = ["AnyOutcome", "HandOver", "value_of"]
+__all__ = ["AnyOutcome", "HandOver"]
 
 AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
 
@@ -22,7 +23,7 @@ class HandOver:
 
     Args:
         results: The list to put results in, if nobody takes outcomes one by one.
-        whole: Whether the list takes the outcomes themselves.
+        whole: Whether the list takes the outcomes themselves, until the end.
         ordered: Whether outcomes are handed over in the items' order.
         twins: Is told which outcomes were taken.
         many: Whether an item can have many tokens, of which a surplus is kept.
@@ -49,7 +50,7 @@ class HandOver:
         self.not_taken = 0
         self.taken = 0
         self.surplus_tokens = 0
-        self._value: Callable[[AnyOutcome], Any] = _itself if whole else value_of
+        self._whole = whole
         self.add: Callable[[AnyOutcome], None] = (
             self._place if results is not None else self._hold if ordered else self._release
         )
@@ -64,7 +65,7 @@ class HandOver:
 
     def _place(self, outcome: AnyOutcome) -> None:
         assert self.results is not None  # noqa: S101 - for the type checker
-        self.results[outcome.index] = self._value(outcome)
+        self.results[outcome.index] = outcome if self._whole else _value_of(outcome)
         self.taken += 1
         if self._surplus:
             self.forget_surplus(outcome.index)
@@ -87,6 +88,17 @@ class HandOver:
             if index < before:
                 self._release(self._held[index])
         self._held.clear()
+
+    def finish(self, error: BaseException | None) -> None:
+        """Gives the list its last form; if there were too many failures their error gets what is done."""
+        results, self.results = self.results, None
+        if not self._whole or results is None:
+            return
+        done = [outcome for outcome in results if outcome is not None]
+        if isinstance(error, TooManyFailures):
+            error.outcomes = done
+        else:
+            results[:] = map(_value_of, done)  # all, or somebody wants no more of it
 
     def take_ready(self) -> list[AnyOutcome]:
         """Returns what is to be handed over now."""
@@ -114,10 +126,5 @@ class HandOver:
         self.surplus_tokens -= self._surplus.pop(index, 0)
 
 
-def value_of(outcome: AnyOutcome) -> Any:  # noqa: ANN401 - whatever the user's results are
-    """Returns what stands for an outcome in a list of results."""
+def _value_of(outcome: AnyOutcome) -> Any:  # noqa: ANN401 - whatever the user's results are
     return outcome.result if outcome.exception is None else outcome.exception
-
-
-def _itself(outcome: AnyOutcome) -> AnyOutcome:
-    return outcome

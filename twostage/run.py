@@ -6,8 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
 from twostage.building import RESULT_WORKERS, TOKEN_WORKERS, ItemsOptions, RunOptions, build, settled
-from twostage.errors import TooManyFailures, warn
-from twostage.handover import value_of
+from twostage.errors import warn
 from twostage.outcomes import Outcomes
 from twostage.stage import (
     DEFAULT_RETRY,
@@ -33,7 +32,6 @@ __all__ = [
     "DEFAULT_TOKEN_WORKERS",
     "iter_two_stage",
     "run_two_stage",
-    "with_outcomes",
 ]
 
 ItemT = TypeVar("ItemT")
@@ -405,10 +403,10 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
         if job.error is not None:
-            raise with_outcomes(job.error, results)
+            raise job.error
     finally:
         job.close()
-    return results if max_failures is None else list(map(value_of, results))
+    return results
 
 
 @overload
@@ -728,13 +726,6 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
     run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
     return Outcomes(build(items, *stages, options, run_options))
-
-
-def with_outcomes(error: BaseException, results: list[Any]) -> BaseException:
-    """Returns what ended a job, with the outcomes that are done if there were too many failures."""
-    if isinstance(error, TooManyFailures):
-        error.outcomes = [outcome for outcome in results if outcome is not None]
-    return error
 
 
 def _warn_of_loop(stages: Iterable[Settings], name: str) -> None:
