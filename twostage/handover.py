@@ -94,11 +94,12 @@ class HandOver:
         results, self.results = self.results, None
         if not self._whole or results is None:
             return
-        done = [outcome for outcome in results if outcome is not None]
         if isinstance(error, TooManyFailures):
-            error.outcomes = done
-        else:
-            results[:] = map(_value_of, done)  # all, or somebody wants no more of it
+            error.outcomes = [outcome for outcome in results if outcome is not None]
+            return
+        for index, outcome in enumerate(results):  # one by one, or all threads wait while they are freed
+            if outcome is not None:  # as when nobody wants the list any more
+                results[index] = _value_of(outcome)
 
     def take_ready(self) -> list[AnyOutcome]:
         """Returns what is to be handed over now."""
