@@ -492,47 +492,6 @@ def test_job_that_is_left_open_ends_with_its_loop(
     until_in_threads(lambda: not ours())
 
 
-# --- several tasks at once
-
-
-def test_outcomes_may_be_awaited_by_several_tasks_at_once() -> None:
-    release = threading.Event()
-
-    def fetch(item: int) -> int:
-        assert release.wait(PATIENCE)
-        return item
-
-    async def main() -> list[Any]:
-        outcomes = aiter_two_stage(range(3), int, fetch)
-        tasks = [asyncio.create_task(anext(outcomes, None)) for _ in range(5)]
-        await turns()
-        release.set()
-        return await patiently(asyncio.gather(*tasks))
-
-    taken = asyncio.run(main())
-    assert sorted(outcome.index for outcome in taken if outcome) == [0, 1, 2]
-    assert taken.count(None) == 2
-    assert not ours()
-
-
-def test_closing_ends_what_another_task_awaits() -> None:
-    release = threading.Event()
-
-    async def main() -> None:
-        outcomes = aiter_two_stage(range(3), str, lambda _: release.wait(PATIENCE))
-        awaited = asyncio.create_task(anext(outcomes, None))
-        await turns()
-        closing = [asyncio.create_task(outcomes.aclose()) for _ in range(2)]
-        await turns()
-        assert not any(task.done() for task in [awaited, *closing])
-        release.set()
-        await patiently(asyncio.gather(awaited, *closing))
-        assert await anext(outcomes, None) is None
-
-    asyncio.run(main())
-    assert not ours()
-
-
 # --- threads that cannot be started
 
 

@@ -24,7 +24,14 @@ from common import PATIENCE, ours
 from common import until as until_in_threads
 from fakes import stage
 
-from twostage import AsyncExecutor, aiter_two_stage, arun_two_stage, iter_two_stage, run_two_stage
+from twostage import (
+    AsyncExecutor,
+    AttemptTimeout,
+    aiter_two_stage,
+    arun_two_stage,
+    iter_two_stage,
+    run_two_stage,
+)
 from twostage._embedded_answers import result_of, token_of
 from twostage._embedded_api import EmbeddedApi
 
@@ -219,6 +226,75 @@ def test_job_that_would_wait_for_its_own_attempt_is_refused() -> None:
             arun([1], int, stage(on_the_executor, executor=executor))
         with pytest.raises(RuntimeError, match="runs the attempt that starts this job"):
             run_two_stage([1], int, stage(on_the_executor, executor=executor))
+
+
+# --- several tasks at once
+
+
+def test_outcomes_may_be_awaited_by_several_tasks_at_once() -> None:
+    release = threading.Event()
+
+    def fetch(item: int) -> int:
+        assert release.wait(PATIENCE)
+        return item
+
+    async def main() -> list[Any]:
+        outcomes = aiter_two_stage(range(3), int, fetch)
+        tasks = [asyncio.create_task(anext(outcomes, None)) for _ in range(5)]
+        await turns()
+        release.set()
+        return await patiently(asyncio.gather(*tasks))
+
+    taken = asyncio.run(main())
+    assert sorted(outcome.index for outcome in taken if outcome) == [0, 1, 2]
+    assert taken.count(None) == 2
+    assert not ours()
+
+
+def test_closing_ends_what_another_task_awaits() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        outcomes = aiter_two_stage(range(3), str, lambda _: release.wait(PATIENCE))
+        awaited = asyncio.create_task(anext(outcomes, None))
+        await turns()
+        closing = [asyncio.create_task(outcomes.aclose()) for _ in range(2)]
+        await turns()
+        assert not any(task.done() for task in [awaited, *closing])
+        release.set()
+        await patiently(asyncio.gather(awaited, *closing))
+        assert await anext(outcomes, None) is None
+
+    asyncio.run(main())
+    assert not ours()
+
+
+# --- attempts that are given up
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_coroutine_that_takes_too_long_is_cancelled_on_the_callers_loop(
+    monkeypatch: pytest.MonkeyPatch, *, stubborn: bool
+) -> None:
+    monkeypatch.setattr("twostage.tasks.LONGEST_CANCEL", 0.01)
+    cancelled: list[int] = []
+
+    async def hang(number: int) -> None:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(number)
+                if not stubborn or len(cancelled) > 1:
+                    raise
+
+    async def main() -> None:
+        with pytest.raises(AttemptTimeout):
+            await patiently(arun_two_stage([1], int, stage(hang, attempt_timeout=0.01, retry=None)))
+
+    asyncio.run(main())
+    assert cancelled == ([1, 1] if stubborn else [1])  # the second time as the loop ends
+    assert not ours()
 
 
 # --- context variables

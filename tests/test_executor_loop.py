@@ -109,6 +109,7 @@ def test_task_that_cannot_be_made_is_the_failure_of_its_call(executor: AsyncExec
         gate.open()
         assert other.result(PATIENCE) == "other"
         assert_lives(executor)
+    loop.set_task_factory(refuse)  # the loop's end needs none
 
 
 # --- shutdown
@@ -354,6 +355,28 @@ def test_tasks_that_calls_have_left_are_cancelled_at_the_end(executor: AsyncExec
     executor.shutdown()
     assert cleaned.is_set()
     assert tasks[0].cancelled()
+
+
+def test_shutdown_at_the_end_does_not_disturb_it(executor: AsyncExecutor) -> None:
+    gate, cleaned = Gate(), threading.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def background() -> None:
+        try:
+            await gate()
+        finally:
+            executor.shutdown(wait=False)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            cleaned.set()
+
+    async def call() -> None:
+        tasks.append(asyncio.create_task(background()))
+
+    executor.submit(call).result(PATIENCE)
+    gate.hold()
+    executor.shutdown()
+    assert cleaned.is_set()
 
 
 def raise_one(error: BaseException) -> NoReturn:
