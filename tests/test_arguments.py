@@ -196,7 +196,7 @@ class Awaitably:
 
 
 class CalledByPartial:
-    __call__ = partial(Awaitably.class_method)
+    __call__ = staticmethod(partial(Awaitably.class_method))
 
 
 async def coroutine_function(argument: object) -> object:

@@ -267,7 +267,7 @@ def test_task_that_a_call_has_created_may_raise_anything(
         raise error
 
     async def fetch(item: int) -> int:
-        task = asyncio.create_task(leave())
+        task = asyncio.Task(leave())  # an eager task factory would raise it here
         await asyncio.wait([task])
         if item == 20:
             await task

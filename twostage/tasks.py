@@ -261,6 +261,7 @@ class TaskRunner(Runner):
                 put((self._attempt_ended, call, None, error))
                 if self._stopped and isinstance(error, KeyboardInterrupt):
                     raise error  # a second Ctrl-C, which came just while the call ran, gives up the waiting
+                error = None  # its frames lead to this one, from Python 3.12 on
                 return False
             put((self._attempt_ended, call, answer, None))
             del call, asked, answer  # nothing of an attempt is kept while the next runs
