@@ -215,14 +215,14 @@ class TaskRunner(Runner):
         task = asyncio.get_running_loop().create_task(self._go_on())
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
-        return True
+        return not (task.done() and _has_failed(task))  # as an eager one may already
 
     def _task_ended(self, task: Task) -> None:
         self._tasks.discard(task)
         if task.cancelled():  # before it began
             self._busy -= 1
             self._beginning -= 1
-        elif task.exception() is not None or not task.result():
+        elif _has_failed(task):
             return
         if not self._woken:  # else its place is given away with others, not so many at a time
             self._begin()
@@ -253,6 +253,7 @@ class TaskRunner(Runner):
             if running.pop(attempt, None) is None:
                 self._hung.discard(task)
                 put((self._given_up_ended, None, None, None))
+                del error  # its frames lead to this one, from Python 3.12 on
                 break
             if error is not None:
                 if isinstance(error, asyncio.CancelledError):
@@ -261,7 +262,7 @@ class TaskRunner(Runner):
                 put((self._attempt_ended, call, None, error))
                 if self._stopped and isinstance(error, KeyboardInterrupt):
                     raise error  # a second Ctrl-C, which came just while the call ran, gives up the waiting
-                error = None  # its frames lead to this one, from Python 3.12 on
+                del error  # as above
                 return False
             put((self._attempt_ended, call, answer, None))
             del call, asked, answer  # nothing of an attempt is kept while the next runs
@@ -269,6 +270,11 @@ class TaskRunner(Runner):
                 break
         self._busy -= 1
         return True
+
+
+def _has_failed(task: Task) -> bool:
+    """Whether a task's last attempt has, so that nothing goes on in its place."""
+    return task.exception() is not None or not task.result()
 
 
 @coroutine
