@@ -10,12 +10,15 @@ from twostage.calls import Outcome
 from twostage.errors import (
     AttemptTimeout,
     BatchLengthError,
+    JournalError,
     MissingToken,
+    RecordedFailure,
     RemoteError,
     RunTimeout,
     TooManyFailures,
 )
 from twostage.gates import Rate
+from twostage.journal import Journal
 from twostage.outcomes import AsyncOutcomes, Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
@@ -27,10 +30,13 @@ __all__ = [
     "AsyncOutcomes",
     "AttemptTimeout",
     "BatchLengthError",
+    "Journal",
+    "JournalError",
     "MissingToken",
     "Outcome",
     "Outcomes",
     "Rate",
+    "RecordedFailure",
     "RemoteError",
     "RunTimeout",
     "Stage",

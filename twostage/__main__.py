@@ -1,4 +1,7 @@
-"""The demonstration, `python -m twostage`: one job in four ways, against an HTTP API over real sockets."""
+"""The demonstration, `python -m twostage`: one job in four ways, against an HTTP API over real sockets.
+
+`python -m twostage journal FILE` looks into a journal instead.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tenacity import Retrying, stop_after_attempt, wait_random_exponential
 
-from twostage import MissingToken, run_two_stage
+from twostage import MissingToken, _journal_report, run_two_stage
 from twostage import _ways_through_faults as ways
 from twostage._embedded_answers import (
     FAULTS,
@@ -50,6 +53,8 @@ what failed, and their results are checked.
 """
 
 EPILOG = f"""
+"python -m twostage journal FILE" tells what a job's journal holds.
+
 faults by name, each with its share, from 0 to below 1:
 {"".join(f"  {name:13}{what}{chr(10)}" for name, what in FAULTS.items())}
 With other faults than errors the four ways are twostage's: one item a call, tokens by
@@ -82,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments of the command line; those of this process if not given.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "journal":
+        return _journal_report.main(argv[1:])
     options = parse(argv)
     intro = (
         f"{options.items:,} items, two calls each, to an HTTP API on 127.0.0.1: for a token in up to 10 ms,\n"
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the options, or ends with a message that says what is wrong with one."""
     parser = argparse.ArgumentParser(prog="python -m twostage", description=DESCRIPTION, epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the epilog has a table

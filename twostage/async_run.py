@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Hashable, Iterable
 
     from twostage.checks import Failures
+    from twostage.journal import JournalLike
     from twostage.retry import RetryPolicy
 
 __all__ = ["aiter_two_stage", "arun_two_stage"]
@@ -313,6 +314,7 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     window: int | None = None,
     timeout: float | None = None,
     max_failures: float | None = None,
+    journal: JournalLike | None = None,
 ) -> list[Any]:
     """Makes two calls for each item, many at once, and returns the results in the items' order.
 
@@ -339,6 +341,8 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
         window: How many items may be read and not finished, at most.
         timeout: Seconds for the whole run. Default: no limit.
         max_failures: How many items, or which share, may fail before the job ends. Default: any number.
+        journal: A file that records what the calls give, so that another run makes only the missing ones.
+            Default: nothing is recorded.
 
     Returns:
         A result for each item, in the items' order.
@@ -355,7 +359,7 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     [65, 66]
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
+    options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     results: list[Any] = []
     run_options = RunOptions(return_exceptions, timeout, max_failures)
     job = build_async(items, *stages, options, run_options, results)
@@ -619,6 +623,7 @@ def aiter_two_stage(  # noqa: PLR0913 - a job's settings
     window: int | None = None,
     timeout: float | None = None,
     max_failures: float | None = None,
+    journal: JournalLike | None = None,
     ordered: bool = False,
     linger: float | None = None,
 ) -> AsyncOutcomes[Any, Any, Any]:
@@ -644,6 +649,8 @@ def aiter_two_stage(  # noqa: PLR0913 - a job's settings
         window: How many items may be read and not handed over, at most.
         timeout: Seconds for the whole run, from the first `anext`. Default: no limit.
         max_failures: How many items, or which share, may fail before the job ends. Default: any number.
+        journal: A file that records what the calls give, so that another run makes only the missing ones.
+            Default: nothing is recorded.
         ordered: Whether outcomes come in the items' order.
         linger: Seconds after which a batch leaves though it is not full. Default: batches are full.
 
@@ -664,6 +671,6 @@ def aiter_two_stage(  # noqa: PLR0913 - a job's settings
     1 b B 66
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
+    options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
     return AsyncOutcomes(build_async(items, *stages, options, run_options))

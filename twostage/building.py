@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterable, Iterable
 from contextvars import ContextVar, copy_context
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -22,9 +23,13 @@ from twostage.driver import LoopDriver, ThreadDriver, world
 from twostage.failures import FailureLimit
 from twostage.gates import Gate, HungGate, RateGate, rates_of
 from twostage.handover import HandOver
+from twostage.journal import Journal
+from twostage.journal_file import Identity
+from twostage.journal_values import check_keys, journal_key
 from twostage.lines import Line
 from twostage.outcomes import AsyncJob, Job
 from twostage.pace import Pace
+from twostage.recorder import Recorder
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
 from twostage.sources import AsyncSource, Source
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from twostage.checks import Failures
     from twostage.completions import Handler
     from twostage.driver import AsyncDriver, Driver
+    from twostage.journal import JournalLike
     from twostage.sources import Key
 
 __all__ = [
@@ -71,6 +77,7 @@ class ItemsOptions(NamedTuple):
     refresh_token_on: Failures | None
     max_refreshes: int
     window: int | None
+    journal: JournalLike | None
 
 
 class RunOptions(NamedTuple):
@@ -195,7 +202,7 @@ def build(
     """Checks what is left to check, and builds a job of which nothing runs yet."""
     driver = world.get()()
     coordinator = _coordinator(driver, first, second, items_options, run_options, results)
-    source = Source(items, items_options.key)
+    source = Source(items, _key(items, items_options))
     source.open()
     if run_options.linger is not None:
         coordinator.reader = driver.reader(source, coordinator.item_read)
@@ -213,9 +220,17 @@ def build_async(
     """The same for a consumer on an event loop."""
     driver = LoopDriver() if world.get() is ThreadDriver else cast("AsyncDriver", world.get()())
     coordinator = _coordinator(driver, first, second, items_options, run_options, results)
-    source = _source(items, items_options.key)
+    source = _source(items, _key(items, items_options))
     coordinator.reader = driver.reader(source, coordinator.item_read)
     return AsyncJob(source, coordinator, driver)
+
+
+def _key(items: object, options: ItemsOptions) -> Key:
+    if options.journal is None:
+        return options.key
+    if options.key is None and isinstance(items, list | tuple):  # of others it is seen as they come
+        check_keys(items)
+    return journal_key(options.key)
 
 
 def _source(items: Iterable[Any] | AsyncIterable[Any], key: Key) -> Source | AsyncSource:
@@ -236,7 +251,7 @@ def _coordinator(
     results: list[Any] | None,
 ) -> Coordinator:
     """Checks what is left to check, and puts the parts together."""
-    key, refresh_token_on, max_refreshes, window = items_options
+    key, refresh_token_on, max_refreshes, window, journal = items_options
     batch_size = first.batch_size or 1
     # The batches of one or two workers vary too much: stage two would run dry (tests/scheduling).
     batches = max(TOKEN_WORKERS, first.workers)
@@ -266,7 +281,7 @@ def _coordinator(
         refreshes=refreshes,
     )
     token_line.pace.partner, result_line.pace.partner = result_line.pace, token_line.pace
-    twins = None if key is None else Twins()
+    twins = None if key is None and journal is None else Twins()
     coordinator = Coordinator(
         token_line,
         result_line,
@@ -290,6 +305,7 @@ def _coordinator(
         timeout=timeout,
         too_many=None if failure_limit is None else failure_limit.passed,
         linger=linger,
+        recorder=None if journal is None or twins is None else _recorder(journal, first, second, twins),
     )
     results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
     token_line.runner = driver.runner(
@@ -299,6 +315,20 @@ def _coordinator(
         _work(second, result_argument, results_ended, _executor(second, first.stage, driver))
     )
     return coordinator
+
+
+def _recorder(journal: JournalLike, first: Settings, second: Settings, twins: Twins) -> Recorder:
+    if not isinstance(journal, Journal):
+        journal = Journal(journal)
+    job = journal.job or f"{_name_of(first.stage.fetch)}, {_name_of(second.stage.fetch)}"
+    identity = Identity(job, journal.version_text, int(first.many), int(journal.encode is not None))
+    return Recorder(journal, identity, twins.keys)
+
+
+def _name_of(function: object) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from twostage.completions import Event
     from twostage.handover import AnyOutcome, HandOver
     from twostage.lines import Judged, Line
+    from twostage.recorder import Recorder
     from twostage.runners import Runner
     from twostage.splits import Splits
     from twostage.twins import Twins
@@ -75,6 +76,7 @@ class Coordinator:
         too_many: Hears of each outcome; returns what ends the job if it is one failure too many.
         linger: Seconds that an item waits for others to fill its batch, at most; infinite if it does so
             until the source's end.
+        recorder: Keeps what the calls give, if that is wanted. (Then there are `twins`.)
 
     Attributes:
         reader: What reads the source, item by item, if the consumer's thread does not.
@@ -99,6 +101,7 @@ class Coordinator:
         timeout: float = math.inf,
         too_many: Callable[[AnyOutcome], Exception | None] | None = None,
         linger: float = math.inf,
+        recorder: Recorder | None = None,
     ) -> None:
         self.token_line = token_line
         self.result_line = result_line
@@ -115,6 +118,7 @@ class Coordinator:
         self.timeout = timeout
         self.too_many = too_many
         self.linger = linger
+        self.recorder = recorder
         self.returned: deque[AnyOutcome] = deque()  # items that want a new token
         self.refreshed: Counter[int] = Counter()  # how often each has, by its index
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
@@ -207,10 +211,28 @@ class Coordinator:
         if self.twins is not None and keys is not None:
             outcomes, known = self.twins.sort(outcomes, keys)
             self._finish_twins(known)
+        if self.recorder is not None:
+            outcomes = self._take_recorded(self.recorder, outcomes)
         if self.linger < math.inf:
             for outcome in outcomes:
                 outcome.began = self.now  # of waiting, until its stage two begins
         self.token_line.waiting.extend(outcomes)
+
+    def _take_recorded(self, recorder: Recorder, outcomes: list[AnyOutcome]) -> list[AnyOutcome]:
+        """Has items go on from what is recorded; returns those of which nothing is."""
+        found = recorder.find(outcomes)
+        self.at_work += len(found.calls) + len(found.done)
+        for tokens in found.lists:
+            self.handing.add_surplus(tokens.outcome.index, len(tokens.results) - 1)
+        self.result_line.waiting.extend(found.calls)
+        failed = {} if self.return_exceptions else dict(found.failed)
+        for outcome in found.done:
+            if outcome.index not in failed:
+                self._finish(outcome)
+        if failed:
+            self.failed_index = min(failed)
+            self._end(failed[min(failed)])
+        return found.new
 
     def item_read(self, _: Call, read: tuple[Any, Hashable], error: BaseException | None) -> None:
         """Takes an item, and its key, that a thread of ours has read."""
@@ -247,13 +269,16 @@ class Coordinator:
     def batch_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """Fans a batch's tokens out to stage two, those of them that have come."""
         outcomes, tokens = self._batch_ended(self.token_line, batch, answer, error)
-        if self.ending:
-            return
         attempts = batch.attempts
         for outcome, token in zip(outcomes, tokens, strict=True):
             outcome.token = token
             outcome.token_attempts = attempts
-        self.result_line.waiting.extend(self._listed(batch, outcomes) if self.many else outcomes)
+        calls = self._listed(batch, outcomes) if self.many else outcomes
+        if self.recorder is not None and not self.many:
+            for outcome in outcomes:
+                self.recorder.token(outcome)
+        if not self.ending:
+            self.result_line.waiting.extend(calls)
 
     def _listed(self, batch: Batch, outcomes: Iterable[AnyOutcome]) -> list[ListedToken]:
         """Returns the tokens of items that have many; what is no list of them is its item's failure."""
@@ -263,8 +288,11 @@ class Coordinator:
                 tokens = outcome.token = token_list(outcome.token)
             except Exception as error:  # noqa: BLE001 - a collection of the user's may raise anything
                 outcome.token = None
-                self._fail(self.token_line, batch, [outcome], error.with_traceback(None))
+                if not self.ending:
+                    self._fail(self.token_line, batch, [outcome], error.with_traceback(None))
                 continue
+            if self.recorder is not None:
+                self.recorder.tokens(outcome, tokens)
             if not tokens:
                 outcome.result = []
                 self._finish(outcome)
@@ -273,7 +301,7 @@ class Coordinator:
             self.handing.add_surplus(outcome.index, len(tokens) - 1)
             listed = TokenList(outcome, len(tokens))
             calls += [ListedToken(listed, place, token) for place, token in enumerate(tokens)]
-        return [] if self.ending else calls
+        return calls
 
     def result_ended(self, call: Member, answer: object, error: BaseException | None) -> None:
         """Finishes an item with its result, if that has come."""
@@ -289,6 +317,8 @@ class Coordinator:
             self._take_result(member, result)
 
     def _take_result(self, member: Member, result: object) -> None:
+        if self.recorder is not None and not (isinstance(member, ListedToken) and member.tokens.dropped):
+            self.recorder.result(member, result)
         if isinstance(member, ListedToken):
             self._put_in_list(member, result)
         else:
@@ -497,13 +527,12 @@ class Coordinator:
             members = self._kept(members)
             if not members:
                 return
-        outcomes: Sequence[AnyOutcome] = [member.outcome for member in members] if listed else members
         if error is not self.timed_out:  # that is everybody's
-            plural = "" if call.attempts == 1 else "s"
-            add_note(error, f"{line.name}, {told(call, members)}, {call.attempts} attempt{plural}")
+            self._tell_of(line, call, members, error)
         if not self.return_exceptions:
             if error is not self.timed_out:  # which keeps nothing back that is done
-                self.failed_index = min(self.failed_index, *(outcome.index for outcome in outcomes))
+                indices = [member.outcome.index if listed else member.index for member in members]
+                self.failed_index = min(self.failed_index, *indices)
             self._end(error)
             return
         if listed:
@@ -511,13 +540,19 @@ class Coordinator:
                 member.attempts = call.attempts
                 self._put_in_list(member, error)
             return
-        for outcome in outcomes:
+        for outcome in members:
             outcome.exception = error
             if line is self.token_line:
                 outcome.token_attempts = call.attempts
             else:
                 outcome.attempts = call.attempts
             self._finish(outcome)
+
+    def _tell_of(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
+        plural = "" if call.attempts == 1 else "s"
+        add_note(error, f"{line.name}, {told(call, members)}, {call.attempts} attempt{plural}")
+        if self.recorder is not None:
+            self.recorder.failed(1 if line is self.token_line else 2, members, error)
 
     # --- decided once for all events of a wake-up
 
@@ -609,7 +644,8 @@ class Coordinator:
 
     def _wanted(self) -> int:
         """Decides how many more batches to ask for: whole ones, up to one bound read and not started."""
-        if self.source_ended or self.ending or self.leaving:
+        # (What goes on from a journal can pass the bound.)
+        if self.source_ended or self.ending or self.leaving or self.in_progress >= 2 * self.bound:
             return 0
         size = self.batch_size
         stock = (self.bound - len(self.token_line.waiting) - self.asked) // size
@@ -665,7 +701,17 @@ class Coordinator:
         self.returned.clear()
         self.delayed.clear()
 
+    def _commit(self, recorder: Recorder) -> None:
+        """Has recorded what is handed over next."""
+        try:
+            recorder.commit()
+        except Exception as broken:  # noqa: BLE001 - whatever it is, it can't be handed over
+            self._end(without_our_frames(broken))
+            self.handing.discard()
+
     def _message(self) -> Message | None:
+        if self.recorder is not None:
+            self._commit(self.recorder)
         if not self.ending and self.source_ended and self.finished == self.read:
             self._end(self.timed_out if self.left else None)
         ended = self.ending and self.token_line.runner.out == 0 and self.result_line.runner.out == 0
@@ -680,6 +726,8 @@ class Coordinator:
         message = Message(self.handing.take_ready(), wanted, leave, ended, self.error)
         if ended:
             self.handing.finish(self.error)
+            if self.recorder is not None:
+                self.recorder.close()
             # An exception's traceback leads back here, by the frames of its worker.
             self.error = self.timed_out = self.too_many = None
         return message

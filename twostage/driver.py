@@ -202,6 +202,8 @@ def _drive(
             tell(message)
         if callers is not None and callers.is_closed:  # what ran on it never ends
             coordinator.close(None, None, None)
+            if coordinator.recorder is not None:
+                coordinator.recorder.close()
             message = _over("the event loop that the job belonged to has been closed")
             break
         due = coordinator.due()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
     from types import FrameType
 
     from twostage.calls import Outcome
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FUNCTIONS",
+    "STAGES",
     "AttemptTimeout",
     "BaseRemoteError",
     "BatchLengthError",
     "Classified",
+    "JournalError",
     "MissingToken",
+    "RecordedFailure",
     "RemoteError",
     "RemoteTraceback",
     "RunTimeout",
@@ -36,6 +40,8 @@ ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 FUNCTIONS = {"fetch_token": ("item", "token"), "fetch_result": ("token", "result")}
 """What each function takes, and what it returns for one of them; for messages."""
+
+STAGES = {1: "stage one", 2: "stage two"}
 
 
 class BatchLengthError(ValueError):
@@ -87,6 +93,53 @@ class TooManyFailures(RuntimeError):  # noqa: N818 - the name says it
     """
 
     outcomes: Sequence[Outcome[Any, Any, Any]] = ()
+
+
+class JournalError(RuntimeError):
+    """A journal can't be opened, read or written, or is another job's; the text says which and why.
+
+    What was handed over before is recorded, and another run goes on from there.
+    """
+
+
+class RecordedFailure(Exception):  # noqa: N818 - the name says it
+    """Stands for the failure that an item had in an earlier run, as its journal has it.
+
+    Attributes:
+        item: The item's key: itself, if `key` did not say otherwise.
+        place: Of the token among those of its item, if items have many.
+        stage: At which it failed, 1 or 2.
+        type_name: The exception's class, as "HTTPStatusError".
+        status: The HTTP status that it carried, or `None`.
+        time: When it was recorded, in UTC.
+        text: What `str` made of it, if `Journal(texts=True)` had asked for that.
+    """
+
+    def __init__(
+        self,
+        item: object,
+        place: int | None,
+        stage: int,
+        type_name: str,
+        status: int | None,
+        time: datetime,
+        text: str | None = None,
+    ) -> None:
+        super().__init__(item, place, stage, type_name, status, time, text)
+        self.item = item
+        self.place = place
+        self.stage = stage
+        self.type_name = type_name
+        self.status = status
+        self.time = time
+        self.text = text
+
+    def __str__(self) -> str:
+        what = self.type_name if self.status is None else f"{self.type_name}, status {self.status}"
+        return f"{STAGES[self.stage]} failed at {self.time:%Y-%m-%d %H:%M:%S} UTC: {what}"
+
+    def __repr__(self) -> str:
+        return f"<RecordedFailure of item {brief(self.item)}: {self}>"  # the text often holds a URL
 
 
 class Classified(NamedTuple):

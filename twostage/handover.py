@@ -89,6 +89,11 @@ class HandOver:
                 self._release(self._held[index])
         self._held.clear()
 
+    def discard(self) -> None:
+        """Drops what would be handed over next, or is held: as it could not be recorded."""
+        self.ready.clear()
+        self._held.clear()
+
     def finish(self, error: BaseException | None) -> None:
         """Gives the list its last form; if there were too many failures their error gets what is done."""
         results, self.results = self.results, None

@@ -43,8 +43,16 @@ class _Hand:
         if not self._running and not self._ended:
             for line in self._coordinator.lines:
                 line.runner.prepare()
+            recorder = self._coordinator.recorder
+            if recorder is not None:
+                recorder.open()
             self._running = True
-            self._driver.start(self._coordinator)
+            try:
+                self._driver.start(self._coordinator)
+            except BaseException:
+                if recorder is not None:
+                    recorder.close()
+                raise
 
     def _take(self) -> Outcome[Any, Any, Any]:
         outcome = self._hand.popleft()

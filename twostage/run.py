@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from twostage.building import Settings
     from twostage.checks import Failures
+    from twostage.journal import JournalLike
     from twostage.retry import RetryPolicy
 
 __all__ = [
@@ -54,6 +55,7 @@ class Options(TypedDict, Generic[ItemT], total=False):
     window: int | None
     timeout: float | None
     max_failures: float | None
+    journal: JournalLike | None
 
 
 @overload
@@ -337,6 +339,7 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     window: int | None = None,
     timeout: float | None = None,
     max_failures: float | None = None,
+    journal: JournalLike | None = None,
 ) -> list[Any]:
     """Makes two calls for each item, many at once, and returns the results in the items' order.
 
@@ -374,6 +377,9 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
         max_failures: How many items may fail before the job ends with `TooManyFailures`: a number, or as a
             `float` below 1 a share of the last 100 outcomes, once there are 20. It needs
             `return_exceptions`. Default: any number.
+        journal: A file that records what the calls give, so that the same script run again makes only those
+            that are missing: its path, or a `Journal`. Items, or what `key` returns, are then `str`, `int`
+            or what JSON can say, and so are tokens and results. Default: nothing is recorded.
 
     Returns:
         A result for each item, in the items' order.
@@ -396,7 +402,7 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     _warn_of_loop(stages, "arun_two_stage")
-    options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
+    options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     results: list[Any] = []
     run_options = RunOptions(return_exceptions, timeout, max_failures)
     job = build(items, *stages, options, run_options, results)
@@ -660,6 +666,7 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     window: int | None = None,
     timeout: float | None = None,
     max_failures: float | None = None,
+    journal: JournalLike | None = None,
     ordered: bool = False,
     linger: float | None = None,
 ) -> Outcomes[Any, Any, Any]:
@@ -699,6 +706,9 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
         max_failures: How many items may fail before the job ends with `TooManyFailures`: a number, or as a
             `float` below 1 a share of the last 100 outcomes, once there are 20. It needs
             `return_exceptions`. Default: any number.
+        journal: A file that records what the calls give, so that the same script run again makes only those
+            that are missing: its path, or a `Journal`. Items, or what `key` returns, are then `str`, `int`
+            or what JSON can say, and so are tokens and results. Default: nothing is recorded.
         ordered: Whether outcomes come in the items' order. Those that are done then wait for the ones
             before them: a straggler holds back up to `window` items, and with a small window the calls.
             If the job ends early, what is done before the failed item is handed over, with gaps.
@@ -723,7 +733,7 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     _warn_of_loop(stages, "aiter_two_stage")
-    options = ItemsOptions(key, refresh_token_on, max_refreshes, window)
+    options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
     return Outcomes(build(items, *stages, options, run_options))
 

@@ -13,11 +13,15 @@ __all__ = ["Twins"]
 
 
 class Twins:
-    """Knows which items are equal."""
+    """Knows which items are equal.
+
+    Attributes:
+        keys: Of the first ones, by their index.
+    """
 
     def __init__(self) -> None:
+        self.keys: dict[int, Hashable] = {}
         self._firsts: dict[Hashable, Outcome[Any, Any, Any]] = {}
-        self._keys: dict[int, Hashable] = {}  # of each first one, by its index
         self._waiting: dict[int, list[Outcome[Any, Any, Any]]] = {}  # for each first one that is not done
 
     def sort(
@@ -28,7 +32,7 @@ class Twins:
         for outcome, key in zip(outcomes, keys, strict=True):
             first = self._firsts.setdefault(key, outcome)
             if first is outcome:
-                self._keys[first.index] = key
+                self.keys[first.index] = key
                 self._waiting[first.index] = []
                 new.append(first)
             elif (waiting := self._waiting.get(first.index)) is not None:
@@ -47,5 +51,5 @@ class Twins:
 
     def forget(self, index: int) -> None:
         """Has the next item that is equal to this one be asked for anew."""
-        if index in self._keys:
-            del self._firsts[self._keys.pop(index)]
+        if index in self.keys:
+            del self._firsts[self.keys.pop(index)]

@@ -1,0 +1,269 @@
+"""What a job records in its journal as it goes, and finds there: used by the coordinator alone."""
+
+from __future__ import annotations
+
+import time
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tenacity import RetryError
+
+from twostage.calls import ListedToken, TokenList
+from twostage.clients import status_of
+from twostage.errors import RemoteError
+from twostage.journal_file import Identity, JournalFile, Row
+from twostage.journal_values import Codec
+from twostage.transient import Kind, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from twostage.calls import Member
+    from twostage.errors import RecordedFailure
+    from twostage.handover import AnyOutcome
+    from twostage.journal import Journal
+
+__all__ = ["Found", "Recorder"]
+
+LOOKED_UP = 500  # keys at once: older releases of SQLite take 999 at most
+
+FORGET = "DELETE FROM answers WHERE key = ?"
+TOKEN = "INSERT OR REPLACE INTO answers (key, place, size, token, token_at) VALUES (?, ?, ?, ?, ?)"  # noqa: S105 - no secret
+RESULT = """
+    INSERT INTO answers (key, place, size, result, at) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET result = excluded.result, at = excluded.at,
+        stage = NULL, failure = NULL, status = NULL, passing = NULL, text = NULL
+"""
+# With a lasting 401 or 403 the token may be what is wrong.
+FAILURE = """
+    INSERT INTO answers (key, place, size, stage, failure, status, passing, text, at)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET stage = excluded.stage, failure = excluded.failure, status = excluded.status,
+        passing = excluded.passing, text = excluded.text, at = excluded.at, result = NULL,
+        token = iif(excluded.status IN (401, 403), NULL, token)
+"""
+
+
+class Found(NamedTuple):
+    """What the journal knows of items.
+
+    Attributes:
+        new: Nothing, so that they begin at stage one.
+        calls: Their tokens, as calls for stage two.
+        lists: Of these, if items have many.
+        done: Their outcomes.
+        failed: Failures among all those, each with its item's index.
+    """
+
+    new: list[AnyOutcome]
+    calls: list[Member]
+    lists: list[TokenList]
+    done: list[AnyOutcome]
+    failed: list[tuple[int, RecordedFailure]]
+
+
+class Recorder:
+    """The journal of a job that runs.
+
+    Args:
+        journal: What was said of it.
+        identity: Whose answers they are.
+        keys: The items', by their index.
+    """
+
+    def __init__(self, journal: Journal, identity: Identity, keys: Mapping[int, Any]) -> None:
+        self._journal = journal
+        self._identity = identity
+        self._many = bool(identity.many)
+        self._keys = keys
+        self._codec = Codec(journal.encode, journal.decode)
+        self._file: JournalFile | None = None  # while it is open
+        self._broken: Exception | None = None
+        # What the next commit will write.
+        self._forgotten: list[tuple[str]] = []
+        self._tokens: list[tuple[Any, ...]] = []
+        self._results: list[tuple[Any, ...]] = []
+        self._failures: list[tuple[Any, ...]] = []
+
+    def open(self) -> None:
+        """Opens the file, which is made if there is none.
+
+        Raises:
+            JournalError: It can't be had.
+        """
+        file = JournalFile(self._journal.path, create=True)
+        try:
+            file.check(self._identity, begin=True)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+
+    def close(self) -> None:
+        """Lets others have the file. Harmless if that was done."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    # --- what is found
+
+    def find(self, outcomes: Iterable[AnyOutcome]) -> Found:
+        """Looks items up, and fills in what is known of them."""
+        by_key = {self._keys[outcome.index]: outcome for outcome in outcomes}
+        found = Found([], [], [], [], [])
+        fill = self._fill_list if self._many else self._fill
+        keys = list(by_key)
+        for start in range(0, len(keys), LOOKED_UP):
+            for key, rows in groupby(self._look_up(keys[start : start + LOOKED_UP]), itemgetter(0)):
+                if fill(by_key[key], list(rows), found):
+                    del by_key[key]
+        found.new.extend(by_key.values())
+        return found
+
+    def _look_up(self, keys: Sequence[str]) -> list[Row]:
+        assert self._file is not None  # noqa: S101 - for the type checker
+        query = f"SELECT * FROM answers WHERE key IN ({','.join('?' * len(keys))}) ORDER BY key, place"  # noqa: S608 - of constants
+        with self._file.explained("read"):
+            return list(map(Row._make, self._file.connection.execute(query, keys)))
+
+    def _fill(self, outcome: AnyOutcome, rows: Sequence[Row], found: Found) -> bool:
+        """Fills in what is recorded of an item; returns whether it need not begin at stage one."""
+        (row,) = rows
+        if row.result is not None:
+            outcome.token = None if row.token is None else self._codec.read(row.token)
+            outcome.result = self._codec.read(row.result)
+            found.done.append(outcome)
+        elif self._is_kept(row):
+            self._fail(outcome, row, found)
+        elif self._has_token(row):
+            outcome.token = self._codec.read(row.token)
+            found.calls.append(outcome)
+        else:
+            return False
+        return True
+
+    def _fail(self, outcome: AnyOutcome, row: Row, found: Found) -> None:
+        outcome.exception = row.recorded_failure
+        found.done.append(outcome)
+        found.failed.append((outcome.index, outcome.exception))
+
+    def _fill_list(self, outcome: AnyOutcome, rows: Sequence[Row], found: Found) -> bool:
+        """The same for an item of many tokens."""
+        size = rows[0].size
+        if size is None:  # stage one has failed
+            if self._is_kept(rows[0]):
+                self._fail(outcome, rows[0], found)
+                return True
+            return False
+        done = {row.place: row for row in rows if row.result is not None or self._is_kept(row)}
+        has_tokens = not size or (len(rows) == size and all(row.token is not None for row in rows))
+        if len(done) < size and not (has_tokens and all(map(self._has_token, rows))):
+            return False  # stage one may give another list now
+        outcome.token = [self._codec.read(row.token) for row in rows[:size]] if has_tokens else None
+        tokens = TokenList(outcome, size)
+        for row in done.values():
+            if row.result is None:
+                tokens.results[row.place] = row.recorded_failure
+                found.failed.append((outcome.index, row.recorded_failure))
+            else:
+                tokens.results[row.place] = self._codec.read(row.result)
+        tokens.missing -= len(done)
+        if tokens.missing:
+            found.lists.append(tokens)
+            found.calls.extend(
+                ListedToken(tokens, place, token)
+                for place, token in enumerate(outcome.token or ())
+                if place not in done
+            )
+        else:
+            outcome.result = tokens.results
+            found.done.append(outcome)
+        return True
+
+    def _has_token(self, row: Row) -> bool:
+        ttl = self._journal.token_ttl
+        return row.token is not None and (ttl is None or time.time() < (row.token_at or 0) + ttl)
+
+    def _is_kept(self, row: Row) -> bool:
+        """Whether a failure is an answer."""
+        return row.failure is not None and not row.passing and not self._journal.retry_failed
+
+    # --- what is recorded
+
+    def token(self, outcome: AnyOutcome) -> None:
+        """Hears of an item's token."""
+        if self._journal.tokens:
+            key = self._keys[outcome.index]
+            written = self._codec.write(outcome.token, "token", outcome.item)
+            self._tokens.append((key, 0, None, written, time.time()))
+
+    def tokens(self, outcome: AnyOutcome, tokens: Sequence[object]) -> None:
+        """Hears of the tokens of an item that may have many; those of an older list count no more."""
+        key, size, now = self._keys[outcome.index], len(tokens), time.time()
+        self._forgotten.append((key,))
+        if not tokens:
+            self._tokens.append((key, 0, 0, None, now))
+        elif self._journal.tokens:
+            self._tokens += [
+                (key, place, size, self._codec.write(token, "token", outcome.item), now)
+                for place, token in enumerate(tokens)
+            ]
+
+    def result(self, member: Member, result: object) -> None:
+        """Hears of the result of an item, or of one of its tokens."""
+        key, place, size, item = self._place(member)
+        self._results.append((key, place, size, self._codec.write(result, "result", item), time.time()))
+
+    def failed(self, stage: int, members: Iterable[Member], error: Exception) -> None:
+        """Hears of the failure of items, or of some of their tokens, at a stage."""
+        name = error.type_name if isinstance(error, RemoteError) else type(error).__name__
+        # What a policy has refused for its result, such as "not ready", is not what it will be.
+        passing = isinstance(error, RetryError) or kind_of(error) is not Kind.LASTING
+        text = _text(error) if self._journal.texts else None
+        what = (stage, name, status_of(error), passing, text, time.time())
+        self._failures += [(*self._place(member)[:3], *what) for member in members]
+
+    def _place(self, member: Member) -> tuple[str, int, int | None, object]:
+        if isinstance(member, ListedToken):
+            outcome = member.outcome
+            return self._keys[outcome.index], member.place, len(member.tokens.results), outcome.item
+        return self._keys[member.index], 0, None, member.item
+
+    def commit(self) -> None:
+        """Writes what was heard of since the last time.
+
+        Raises:
+            JournalError: It can't be written. From then on nothing is.
+        """
+        written = (
+            (FORGET, self._forgotten),
+            (TOKEN, self._tokens),
+            (RESULT, self._results),
+            (FAILURE, self._failures),
+        )
+        if not any(rows for _, rows in written):
+            return
+        if self._broken is not None:
+            raise self._broken
+        assert self._file is not None  # noqa: S101 - for the type checker
+        connection = self._file.connection
+        try:
+            with self._file.explained("written"):
+                connection.execute("BEGIN")
+                for statement, rows in written:
+                    if rows:
+                        connection.executemany(statement, rows)
+                        rows.clear()
+                connection.execute("COMMIT")
+            self._file.check_in_place()
+        except Exception as error:
+            self._broken = error
+            raise
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception as broken:  # noqa: BLE001 - the user's `__str__` may raise anything
+        return f"<{type(broken).__name__} in its text>"
