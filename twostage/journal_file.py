@@ -168,10 +168,8 @@ class JournalFile:
         identity = found.st_dev, found.st_ino
         with _holding:
             if identity in _held:
-                raise JournalError(
-                    f"the journal {self.path} is in use by this process (pid {os.getpid()}); expected one job "
-                    "at a time"
-                )
+                who = f"this process (pid {os.getpid()})"
+                raise JournalError(f"the journal {self.path} is in use by {who}; expected one job at a time")
             _held.add(identity)
         return identity
 
@@ -188,7 +186,7 @@ class JournalFile:
             if _code(error) != sqlite3.SQLITE_BUSY:
                 raise
             pid = _holder(self.path)
-            who = "another process" if pid is None else f"process {pid}"
+            who = "another process" if pid is None else f"another process (pid {pid})"
             raise JournalError(
                 f"the journal {self.path} is in use by {who}; expected one job at a time"
             ) from error
