@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import enum
 import http
@@ -23,6 +24,8 @@ from twostage import (
     RunTimeout,
     Stage,
     TooManyFailures,
+    aiter_two_stage,
+    arun_two_stage,
     iter_two_stage,
     run_two_stage,
 )
@@ -32,7 +35,7 @@ from twostage.coordinator import LEAST_IN_PROGRESS
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from common import Run
@@ -674,6 +677,31 @@ def test_secrets_are_shown_by_nothing(path: Path, caplog: pytest.LogCaptureFixtu
     (record,) = Journal(path)
     assert repr(record) == "<Record of item 'a': done>"
     assert "S3CRET" not in caplog.text + repr(Journal(path)) + repr(record)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_job_on_an_event_loop_has_a_journal_too(path: Path, *, streamed: bool) -> None:
+    calls = 0
+
+    async def fetch(argument: object) -> str:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(0)
+        return str(argument)
+
+    async def source() -> AsyncIterator[int]:
+        for item in range(100):
+            yield item
+
+    async def main() -> list[str]:
+        if not streamed:
+            return await arun_two_stage(source(), fetch, fetch, journal=path)
+        async with aiter_two_stage(range(100), fetch, fetch, journal=path, ordered=True) as outcomes:
+            return [outcome.result async for outcome in outcomes]
+
+    for _ in range(2):
+        assert asyncio.run(main()) == list(map(str, range(100)))
+        assert calls == 200
 
 
 # --- looking in
