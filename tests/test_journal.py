@@ -583,7 +583,7 @@ def test_with_many_rows_are_one_a_token(path: Path, job: Run) -> None:
     results = Orders("2/1", "4/0").run(job, journal=path)
     assert [type(result) for result in results[2]] == [str, ApiError]
     assert len(Journal(path).failures()) == 2
-    assert [(one.item, one.place) for one in Journal(path).failures()] == [(2, 1), (4, 0)]
+    assert {(one.item, one.place) for one in Journal(path).failures()} == {(2, 1), (4, 0)}
     kept = Journal(path, retry_failed=False)
     again = Orders().run(job, journal=kept)
     assert [type(result) for result in again[2]] == [str, RecordedFailure]
@@ -600,6 +600,38 @@ def test_with_many_rows_are_one_a_token(path: Path, job: Run) -> None:
     orders = Orders()
     assert orders.run(job, journal=path) == right
     assert (orders.items, orders.tokens) == ({}, {})
+
+
+@pytest.mark.parametrize("retry_failed", [True, False])
+def test_with_many_a_failure_at_stage_one_is_its_item_s(path: Path, *, retry_failed: bool) -> None:
+    journal = Journal(path, job="orders", retry_failed=retry_failed)
+    answers = iter(["not a list", LookupError(), ["x", "y"], ["z"]])
+
+    def fetch_token(_: str) -> Any:  # noqa: ANN401 - wrong ones too
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    settings = {
+        "many": True,
+        "retry": None,
+        "return_exceptions": True,
+        "journal": journal,
+        "token_workers": 1,
+    }
+    first = run("ab", fetch_token, str.upper, **settings)
+    assert [type(result) for result in first] == [TypeError, LookupError]
+    assert {(one.item, one.place, one.stage) for one in journal.failures()} == {
+        ("a", None, 1),
+        ("b", None, 1),
+    }
+    results = run("ab", fetch_token, str.upper, **settings)
+    if retry_failed:
+        assert results == [["X", "Y"], ["Z"]]
+        assert journal.failures() == []
+    else:
+        assert [type(result) for result in results] == [RecordedFailure] * 2
 
 
 def test_part_of_a_list_is_worth_nothing_without_its_tokens(path: Path) -> None:
