@@ -487,7 +487,7 @@ def check_ended(watch: Watch, ended: Ended) -> None:
         for index, result in enumerate(ended.results):
             _check_outcome(watch, index, result, result if isinstance(result, Exception) else None)
     if over and watch.books is not None:  # nothing is left in them but outcomes that are on their way
-        left = watch.books.in_progress - (watch.books.read - watch.books.handing.taken)
+        left = watch.books.in_progress - (watch.books.reading.number - watch.books.handing.taken)
         # A token that was dropped may still run when all is done, and then fail unheard.
         assert left == 0 or (left > 0 and plan.answers is not None and plan.answers.many)
         assert watch.books.handing.surplus_tokens == sum(watch.books.handing._surplus.values())

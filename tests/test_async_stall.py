@@ -164,7 +164,7 @@ def test_loop_goes_on_while_a_thread_waits(where: str) -> None:
             taking = asyncio.create_task(anext(outcomes))
             if where == "source":
                 await patiently(taking)
-            await until(lambda: outcomes._job._coordinator.read or where == "key")
+            await until(lambda: outcomes._job._coordinator.reading.number or where == "key")
             rounds = loop.rounds
             ending = asyncio.create_task(outcomes.aclose() if where != "cancel" else asyncio.sleep(0))
             if where == "cancel":

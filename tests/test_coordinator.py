@@ -19,6 +19,7 @@ from twostage.coordinator import Coordinator
 from twostage.handover import HandOver
 from twostage.lines import Line
 from twostage.pace import Pace
+from twostage.reading import Reading
 from twostage.retry import Judge
 from twostage.runners import Runner
 from twostage.testing import ApiError
@@ -98,13 +99,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
             ),
         ]
         self.results: list[Any] | None = [] if self.listed else None
+        handing = HandOver(results=self.results, ordered=self.ordered, twins=None, many=False)
         self.coordinator = Coordinator(
             *lines,
-            batch_size=self.batch_size,
             bound=BOUND,
-            window=WINDOW,
+            reading=Reading(self.batch_size, WINDOW, handing),
             return_exceptions=self.return_exceptions,
-            handing=HandOver(results=self.results, ordered=self.ordered, twins=None, many=False),
+            handing=handing,
         )
         self.workers = [Workers(self, 2), Workers(self, 2)]
         for line, workers in zip(lines, self.workers, strict=True):

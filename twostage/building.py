@@ -29,6 +29,7 @@ from twostage.journal_values import check_keys, journal_key
 from twostage.lines import Line
 from twostage.outcomes import AsyncJob, Job
 from twostage.pace import Pace
+from twostage.reading import Reading
 from twostage.recorder import Recorder
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
@@ -282,19 +283,19 @@ def _coordinator(
     )
     token_line.pace.partner, result_line.pace.partner = result_line.pace, token_line.pace
     twins = None if key is None and journal is None else Twins()
+    handing = HandOver(
+        results=results,
+        whole=failure_limit is not None,
+        ordered=run_options.ordered,
+        twins=twins,
+        many=first.many,
+    )
     coordinator = Coordinator(
         token_line,
         result_line,
-        batch_size=batch_size,
         bound=bound,
-        window=window,
-        handing=HandOver(
-            results=results,
-            whole=failure_limit is not None,
-            ordered=run_options.ordered,
-            twins=twins,
-            many=first.many,
-        ),
+        reading=Reading(batch_size, window, handing),
+        handing=handing,
         return_exceptions=run_options.return_exceptions,
         tokens_first=first.stage.executor is not None
         and first.stage.executor is second.stage.executor

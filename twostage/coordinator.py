@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from twostage.completions import Event
     from twostage.handover import AnyOutcome, HandOver
     from twostage.lines import Judged, Line
+    from twostage.reading import Reading
     from twostage.recorder import Recorder
     from twostage.runners import Runner
     from twostage.splits import Splits
@@ -62,9 +63,8 @@ class Coordinator:
     Args:
         token_line: Stage one.
         result_line: Stage two.
-        batch_size: How many items are read at once.
         bound: How many items may be in progress before nothing new is begun.
-        window: How many items may be read and not handed over.
+        reading: How much of the source is read.
         handing: Where outcomes go.
         return_exceptions: Whether a failed item is an outcome like any other, or the end of the job.
         tokens_first: Whether ready tokens start before ready batches: right if both stages share one
@@ -89,9 +89,8 @@ class Coordinator:
         token_line: Line,
         result_line: Line,
         *,
-        batch_size: int,
         bound: int,
-        window: int,
+        reading: Reading,
         handing: HandOver,
         return_exceptions: bool,
         tokens_first: bool = False,
@@ -106,9 +105,8 @@ class Coordinator:
         self.token_line = token_line
         self.result_line = result_line
         self.lines = (token_line, result_line)
-        self.batch_size = batch_size
         self.bound = bound
-        self.window = window
+        self.reading = reading
         self.handing = handing
         self.return_exceptions = return_exceptions
         self.tokens_first = tokens_first
@@ -124,13 +122,8 @@ class Coordinator:
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
         self._tie = count()  # equal due times must not compare calls
 
-        self.read = 0  # items
-        self.asked = 0  # items wanted and not read yet
         self.finished = 0  # items with an outcome
         self.at_work = 0  # items at stage one, tokens at stage two; not those that wait for a due time
-        self.source_ended = False
-        self.leaving = False  # the source is to be read no more
-        self.left = False  # it is not, though it may have had more
         self.ending = False
         self.error: BaseException | None = None
         self.failed_index: float = math.inf  # of the item whose failure ended the job
@@ -200,9 +193,7 @@ class Coordinator:
 
     def batch_read(self, items: list[Any], keys: list[Hashable] | None, _error: BaseException | None) -> None:
         """Takes items that were wanted."""
-        first = self.read
-        self.read += len(items)
-        self.asked -= len(items)
+        first = self.reading.took(len(items))
         if self.handing.results is not None:
             self.handing.results.extend([None] * len(items))
         if self.ending:
@@ -243,8 +234,7 @@ class Coordinator:
 
     def source_end(self, _: object, _answer: object, error: BaseException | None) -> None:
         """Hears that the source has no more items, or that it raised."""
-        self.source_ended = True
-        self.asked = 0
+        self.reading.end()
         if self.reader is not None:
             self.reader.stop()
         if error is not None:
@@ -252,9 +242,7 @@ class Coordinator:
 
     def source_left(self, _: object, _answer: object, _error: BaseException | None) -> None:
         """Hears that nobody reads on, though the source is not at its end."""
-        if not self.source_ended:
-            self.source_ended = self.left = True
-            self.asked = 0
+        self.reading.leave()
 
     def outcomes_taken(self, number: int, _: object, _error: BaseException | None) -> None:
         """Hears that the consumer was handed so many outcomes more."""
@@ -593,7 +581,7 @@ class Coordinator:
         if line.due:
             line.start_due(now)
         # Items of many tokens fill the window too: then no more are begun, though they have been read.
-        window_room = self._window_room()
+        window_room = self.reading.room
         bound = 0 if self.handing.surplus_tokens and window_room < 0 else self.bound
         if self.returned:
             self._start_returned(now, bound)
@@ -610,7 +598,7 @@ class Coordinator:
 
     def _fills(self, window_room: int) -> bool:
         """Whether items that wait are to wait for more of them, until they fill a batch."""
-        if self.source_ended or not (self.asked or window_room >= self.batch_size):
+        if self.reading.ended or not (self.reading.asked or window_room >= self.reading.size):
             return False
         return not (self.linger < math.inf and self.token_line.waiting and self._leaves_at() <= self.now)
 
@@ -638,23 +626,16 @@ class Coordinator:
         if line.waiting:
             line.start_waiting(now)
 
-    def _window_room(self) -> int:
-        """How many items may be read beyond those asked for; one with many tokens counts as many."""
-        return self.window - (self.read + self.asked - self.handing.taken + self.handing.surplus_tokens)
-
-    def _wanted(self) -> int:
-        """Decides how many more batches to ask for: whole ones, up to one bound read and not started."""
-        # (What goes on from a journal can pass the bound.)
-        if self.source_ended or self.ending or self.leaving or self.in_progress >= 2 * self.bound:
+    def _ask(self) -> int:
+        """Asks for more batches of the source: as much as one bound may be read and not started."""
+        if (
+            self.ending or self.in_progress >= 2 * self.bound
+        ):  # what goes on from a journal can pass the bound
             return 0
-        size = self.batch_size
-        stock = (self.bound - len(self.token_line.waiting) - self.asked) // size
-        return max(0, min(stock, self._window_room() // size))
+        return self.reading.ask(self.bound - len(self.token_line.waiting))
 
     def _read_on(self, reader: Runner) -> None:
-        wanted = self._wanted() * self.batch_size
-        self.asked += wanted
-        reader.start([Call()] * wanted)
+        reader.start([Call()] * (self._ask() * self.reading.size))
 
     # --- ends
 
@@ -712,17 +693,16 @@ class Coordinator:
     def _message(self) -> Message | None:
         if self.recorder is not None:
             self._commit(self.recorder)
-        if not self.ending and self.source_ended and self.finished == self.read:
-            self._end(self.timed_out if self.left else None)
+        if not self.ending and self.reading.ended and self.finished == self.reading.number:
+            self._end(self.timed_out if self.reading.left else None)
         ended = self.ending and self.token_line.runner.out == 0 and self.result_line.runner.out == 0
         if ended:
             self.handing.release_held(self.failed_index)  # those between will never come, if there are any
-        leave = self.now >= self.deadline and self.handing.results is None and not self.leaving
-        self.leaving = self.leaving or leave
-        wanted = 0 if self.reader is not None else self._wanted()
+        leave = self.now >= self.deadline and self.handing.results is None and not self.reading.leaving
+        self.reading.leaving = self.reading.leaving or leave
+        wanted = 0 if self.reader is not None else self._ask()
         if not (self.handing.ready or wanted or leave or ended):
             return None
-        self.asked += wanted * self.batch_size
         message = Message(self.handing.take_ready(), wanted, leave, ended, self.error)
         if ended:
             self.handing.finish(self.error)

@@ -35,7 +35,7 @@ class _Hand:
         self._hand: deque[Outcome[Any, Any, Any]] = deque()
         self._untold = 0
         # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
-        self._tell_every = max(1, min(coordinator.bound, coordinator.window) // 32)
+        self._tell_every = max(1, min(coordinator.bound, coordinator.reading.window) // 32)
         self._ended = False
         self.error: BaseException | None = None
 
@@ -106,7 +106,7 @@ class Job(_Hand):
     def advance(self) -> Outcome[Any, Any, Any] | None:
         """Returns the next outcome; `None` at the job's end, of which `error` tells the reason."""
         self._start()
-        size = self._coordinator.batch_size
+        size = self._coordinator.reading.size
         while self._hand or not self._ended:
             if self._hand and not (self._wanted and self._since_read >= size):
                 self._since_read += 1
@@ -125,7 +125,7 @@ class Job(_Hand):
                 self._driver.send((self._coordinator.source_left, None, None, None))
 
     def _read(self) -> None:
-        size = self._coordinator.batch_size
+        size = self._coordinator.reading.size
         items: list[Any] = []
         keys = failure = None
         try:

@@ -134,7 +134,7 @@ def conserves_work(driver: testing._VirtualDriver) -> bool:
     if coordinator is None or coordinator.ending:
         return True
     lines = (coordinator.token_line, coordinator.result_line)
-    least = 1 if coordinator.source_ended else coordinator.batch_size
+    least = 1 if coordinator.reading.ended else coordinator.reading.size
     fits = len(lines[0].waiting) >= least and coordinator.in_progress < coordinator.bound
     return not any(
         runner.idle
