@@ -539,6 +539,30 @@ def test_answer_that_a_policy_has_refused_is_asked_for_again(path: Path) -> None
         assert isinstance(result, RetryError) == failed
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("failing", ["item", "token"])
+def test_what_a_policy_gives_in_an_answer_s_place_is_not_recorded(
+    path: Path, failing: str, *, many: bool
+) -> None:
+    wraps: Callable[[Any], Any] = (lambda value: [value]) if many else (lambda value: value)
+    retry = Retrying(stop=stop_after_attempt(1), retry_error_callback=lambda _: wraps("instead"))
+    journal = Journal(path, job="letters")
+    broken = Api()
+    broken.failing[failing] = {"token a" if failing == "token" else "a": LookupError()}
+    run(
+        "ab",
+        lambda item: wraps(broken.fetch_token(item)),
+        broken.fetch_result,
+        retry=retry,
+        many=many,
+        journal=journal,
+    )
+    records = {record.item: record for record in journal}
+    assert (records["a"].token is None) == (failing == "item")
+    assert records["a"].is_done == (failing == "item")
+    assert records["b"].is_done
+
+
 def test_retries_are_one_call(path: Path) -> None:
     fails = iter([True, True, False])
 

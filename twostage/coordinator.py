@@ -398,7 +398,7 @@ class Coordinator:
         for members, verdict, error in judged:
             if isinstance(verdict, Answer):
                 answered += members
-                answers.append(verdict.value)
+                answers.append(self._value_of(verdict, members))
             elif isinstance(verdict, Retry):
                 if verdict.due >= self.deadline:
                     failed.append((members, verdict.failure or self._time_out()))
@@ -420,6 +420,11 @@ class Coordinator:
                 continue
             self._fail(line, call, members, failure)
         return answered, answers
+
+    def _value_of(self, verdict: Answer, members: Sequence[Any]) -> object:
+        if verdict.given and self.recorder is not None:
+            self.recorder.leave_out(members)
+        return verdict.value
 
     def _delay(self, line: Line, call: Call, members: Sequence[Any], due: float) -> None:
         if isinstance(call, Batch):

@@ -166,7 +166,7 @@ class Line:
             return
         for member, value in zip(members, values, strict=True):
             failed = self.slots and isinstance(value, Exception)
-            yield Judged([member], Fail(value) if failed else Answer(value), None)
+            yield Judged([member], Fail(value) if failed else Answer(value, given=True), None)
 
     def log_retry(self, call: Call, error: Exception | None, wait: float) -> None:
         """Says that a call is tried again: the stage's first time as a warning, later ones at level INFO."""

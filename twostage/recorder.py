@@ -80,6 +80,7 @@ class Recorder:
         self._codec = Codec(journal.encode, journal.decode)
         self._file: JournalFile | None = None  # while it is open
         self._broken: Exception | None = None
+        self._left_out: set[Member] = set()
         # What the next commit will write.
         self._forgotten: list[tuple[str]] = []
         self._tokens: list[tuple[Any, ...]] = []
@@ -191,9 +192,19 @@ class Recorder:
 
     # --- what is recorded
 
+    def leave_out(self, members: Iterable[Member]) -> None:
+        """Hears of what a policy gives in an answer's place, which the API has not given."""
+        self._left_out.update(members)
+
+    def _is_left_out(self, member: Member) -> bool:
+        if member not in self._left_out:
+            return False
+        self._left_out.discard(member)
+        return True
+
     def token(self, outcome: AnyOutcome) -> None:
         """Hears of an item's token."""
-        if self._journal.tokens:
+        if not self._is_left_out(outcome) and self._journal.tokens:
             key = self._keys[outcome.index]
             written = self._codec.write(outcome.token, "token", outcome.item)
             self._tokens.append((key, 0, None, written, time.time()))
@@ -202,6 +213,8 @@ class Recorder:
         """Hears of the tokens of an item that may have many; those of an older list count no more."""
         key, size, now = self._keys[outcome.index], len(tokens), time.time()
         self._forgotten.append((key,))
+        if self._is_left_out(outcome):
+            return
         if not tokens:
             self._tokens.append((key, 0, 0, None, now))
         elif self._journal.tokens:
@@ -212,6 +225,8 @@ class Recorder:
 
     def result(self, member: Member, result: object) -> None:
         """Hears of the result of an item, or of one of its tokens."""
+        if self._is_left_out(member):
+            return
         key, place, size, item = self._place(member)
         self._results.append((key, place, size, self._codec.write(result, "result", item), time.time()))
 

@@ -83,9 +83,10 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Take `value` as what the call returned."""
+    """Take `value` as what the call returned; with `given` it is a policy's last word in its place."""
 
     value: Any
+    given: bool = False
 
 
 Verdict: TypeAlias = Retry | Refresh | Fail | Answer
