@@ -26,7 +26,8 @@ class Record:
 
     Attributes:
         item: The item's key: itself, if `key` did not say otherwise.
-        place: Of the token among those of its item, if items have many; else `None`.
+        place: Of the token among those of its item, if items have many; else `None`. (An item without
+            any has one record, with empty lists for token and result.)
         token: What stage one gave; `None` if that is not recorded.
         is_done: Whether there is a result.
         result: What stage two gave.
@@ -151,12 +152,13 @@ class Journal:
                 )
             read = Codec(self.encode, self.decode).read
             for row in map(Row._make, file.connection.execute("SELECT * FROM answers ORDER BY rowid")):
+                nothing: list[Any] | None = [] if row.size == 0 else None
                 yield Record(
                     row.item,
                     row.token_place,
-                    None if row.token is None else read(row.token),
+                    nothing if row.token is None else read(row.token),
                     row.result is not None or row.size == 0,
-                    None if row.result is None else read(row.result),
+                    nothing if row.result is None else read(row.result),
                     None if row.failure is None else row.recorded_failure,
                     moment(row.at or row.token_at or 0),
                 )
