@@ -350,6 +350,21 @@ def test_file_system_that_becomes_read_only_ends_the_job(path: Path, job: Run) -
     disk.check()
 
 
+def test_read_only_file_system_is_told_from_a_failed_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There SQLite says "disk I/O error"."""
+    run("a", str, str, journal=path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(JournalFile, "_lock", fail_to_write)
+    with pytest.raises(JournalError, match=r"can't be opened: it is read-only \(disk I/O error\)"):
+        run("a", str, str, journal=path)
+
+
+def fail_to_write(*_: object) -> None:
+    raise sqlite3.OperationalError("disk I/O error")
+
+
 @pytest.mark.parametrize("gone", ["", "-wal"])
 def test_journal_that_is_deleted_under_way_ends_the_job(path: Path, gone: str) -> None:
     disk = Disk(path)

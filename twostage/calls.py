@@ -65,7 +65,7 @@ class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
         item: What was passed in.
         token: What stage one returned for the item; `None` if it failed there.
         exception: Why the item failed, or `None` if it has a result.
-        token_attempts: How many attempts stage one's call took.
+        token_attempts: How many attempts stage one's call took; 0 if a journal had the token.
     """
 
     __slots__ = ("_result", "exception", "index", "item", "token", "token_attempts")
@@ -103,7 +103,7 @@ class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
 
     @property
     def result_attempts(self) -> int:
-        """How many attempts stage two's call took; 0 if stage one failed."""
+        """How many attempts stage two's call took; 0 if stage one failed, or a journal had the result."""
         return self.attempts
 
     def copy(self, other: Outcome[Any, Any, Any]) -> None:

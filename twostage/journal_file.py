@@ -158,6 +158,8 @@ class JournalFile:
             yield
         except sqlite3.Error as error:
             reason = REASONS.get(_code(error))
+            if os.path.exists(self.path) and not os.access(self.path, os.W_OK):  # noqa: PTH110 - as below
+                reason = "it is read-only"  # of which SQLite may hear as of a failed disk
             detail = f"{reason} ({error})" if reason else str(error)
             raise JournalError(f"the journal {self.path} can't be {done}: {detail}") from error
         except OSError as error:
