@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import gc
 import http
 import json
 import logging
@@ -20,6 +21,7 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_attempt
 from twostage import (
     Journal,
     JournalError,
+    Outcome,
     RecordedFailure,
     RunTimeout,
     Stage,
@@ -35,7 +37,7 @@ from twostage.coordinator import LEAST_IN_PROGRESS
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
     from common import Run
@@ -278,6 +280,21 @@ def test_the_same_key_twice_is_one_call_and_an_outcome_for_each(path: Path, job:
     settings = {"window": 20} if job is not run else {}
     assert api.run(iter(items), job, journal=path, **settings) == results_of(items)
     assert api.items == dict.fromkeys(range(7), 1)
+
+
+def test_list_remembers_no_item_that_is_recorded(path: Path) -> None:
+    """Else memory would grow by as much again as the file does."""
+    kept: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(5000):
+            kept.append(
+                sum(isinstance(one, Outcome) for one in gc.get_objects()) if item % 1000 == 999 else 0
+            )
+            yield item
+
+    run(items(), str, str, journal=path)
+    assert max(kept) < 2000
 
 
 # --- values

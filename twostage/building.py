@@ -289,6 +289,7 @@ def _coordinator(
         ordered=run_options.ordered,
         twins=twins,
         many=first.many,
+        recorded=journal is not None,
     )
     coordinator = Coordinator(
         token_line,

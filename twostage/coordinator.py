@@ -691,6 +691,7 @@ class Coordinator:
         """Has recorded what is handed over next."""
         try:
             recorder.commit()
+            self.handing.committed()
         except Exception as broken:  # noqa: BLE001 - whatever it is, it can't be handed over
             self._end(without_our_frames(broken))
             self.handing.discard()

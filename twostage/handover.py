@@ -27,6 +27,7 @@ class HandOver:
         ordered: Whether outcomes are handed over in the items' order.
         twins: Is told which outcomes were taken.
         many: Whether an item can have many tokens, of which a surplus is kept.
+        recorded: Whether a journal has what is done, so that equal items find it there.
 
     Attributes:
         add: Takes an outcome.
@@ -44,6 +45,7 @@ class HandOver:
         ordered: bool,
         twins: Twins | None,
         many: bool,
+        recorded: bool = False,
     ) -> None:
         self.results = results
         self.ready: list[AnyOutcome] = []
@@ -55,6 +57,8 @@ class HandOver:
             self._place if results is not None else self._hold if ordered else self._release
         )
         self._twins = twins
+        # Indices of those in the list that need not be remembered once they are committed.
+        self._placed: list[int] | None = [] if recorded and results is not None else None
         self._surplus: dict[int, int] = {}  # by the item's index
         self._held: dict[int, AnyOutcome] = {}  # done, and waiting for those before them
         self._next_index = 0  # of the outcome that is handed over next, if ordered
@@ -69,6 +73,8 @@ class HandOver:
         self.taken += 1
         if self._surplus:
             self.forget_surplus(outcome.index)
+        if self._placed is not None and outcome.exception is None:
+            self._placed.append(outcome.index)
 
     def _release(self, outcome: AnyOutcome) -> None:
         self.ready.append(outcome)
@@ -88,6 +94,13 @@ class HandOver:
             if index < before:
                 self._release(self._held[index])
         self._held.clear()
+
+    def committed(self) -> None:
+        """Hears that all that is done is recorded."""
+        if self._placed and self._twins is not None:
+            for index in self._placed:
+                self._twins.forget(index)
+            self._placed.clear()
 
     def discard(self) -> None:
         """Drops what would be handed over next, or is held: as it could not be recorded."""
