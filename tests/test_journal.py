@@ -675,6 +675,25 @@ def test_with_many_a_failure_at_stage_one_is_its_item_s(path: Path, *, retry_fai
         assert [type(result) for result in results] == [RecordedFailure] * 2
 
 
+@pytest.mark.timeout(20)
+def test_tokens_that_fill_the_window_do_not_keep_back_an_item_before_them(path: Path) -> None:
+    """In order they wait for it, and it would wait for room."""
+
+    def leave(_: str) -> str:
+        raise SystemExit
+
+    def fetch_tokens(items: list[int]) -> list[list[str]]:
+        return [[f"{item}/{place}" for place in range(5)] for item in items]
+
+    journal = Journal(path, job="orders")
+    with pytest.raises(SystemExit):
+        run(range(1, 10), fetch_tokens, leave, batch_size=9, many=True, journal=journal)
+    assert journal.recorded().tokens == 45
+    settings: dict[str, Any] = {"batch_size": 5, "many": True, "window": 10, "ordered": True}
+    with iter_two_stage(range(10), fetch_tokens, str.upper, journal=journal, **settings) as outcomes:
+        assert [outcome.item for outcome in outcomes] == list(range(10))
+
+
 def test_part_of_a_list_is_worth_nothing_without_its_tokens(path: Path) -> None:
     journal = Journal(path, tokens=False)
     Orders("4/0").run(run, journal=journal)

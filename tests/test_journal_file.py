@@ -197,6 +197,15 @@ def test_file_that_is_no_journal_is_left_alone(
         untouched(path, act, f"{problem}; give the path of a journal, or of no file")
 
 
+@pytest.mark.parametrize("left", ["-wal", "-journal"])
+def test_what_is_left_of_a_deleted_file_does_not_come_back(path: Path, left: str) -> None:
+    companion = path.with_name(path.name + left)
+    companion.write_bytes(b"left")
+    with pytest.raises(JournalError, match=f"{companion} is left of a file that is gone; delete it"):
+        run("a", str, str, journal=path)
+    assert list(path.parent.iterdir()) == [companion]
+
+
 @pytest.mark.parametrize("where", ["all but the header", "cut", "pages"])
 def test_damaged_journal_is_an_error_that_says_so(path: Path, where: str) -> None:
     run(range(2000), str, str, journal=path)

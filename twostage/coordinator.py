@@ -587,7 +587,9 @@ class Coordinator:
             line.start_due(now)
         # Items of many tokens fill the window too: then no more are begun, though they have been read.
         window_room = self.reading.room
-        bound = 0 if self.handing.surplus_tokens and window_room < 0 else self.bound
+        # Unless nothing else goes on: tokens of a journal overtake items that are held back for them.
+        crowded = self.handing.surplus_tokens and window_room < 0
+        bound = self.bound if not crowded else 0 if self.in_progress or self.delayed else 1
         if self.returned:
             self._start_returned(now, bound)
         least = cast("int", line.batch_size) if self._fills(window_room) else 1

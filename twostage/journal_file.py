@@ -142,6 +142,7 @@ class JournalFile:
         self.path = os.path.abspath(path)  # noqa: PTH100 - `resolve` follows links
         with self.explained("opened"):
             if create and not os.path.lexists(self.path):
+                _check_nothing_left(self.path)
                 _create(self.path)
             self._identity = self._hold()
             try:
@@ -284,6 +285,13 @@ def _create(path: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)  # noqa: PTH108 - as above
+
+
+def _check_nothing_left(path: str) -> None:
+    """Checks that SQLite would not put what is left of a deleted file into the new one."""
+    for left in (f"{path}-wal", f"{path}-journal"):
+        if os.path.lexists(left):
+            raise JournalError(f"{left} is left of a file that is gone; delete it, or give another path")
 
 
 def _check_header(path: str) -> None:
