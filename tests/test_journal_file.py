@@ -18,7 +18,7 @@ import pytest
 from common import each_way, iterate_in_order, ours, run
 
 from twostage import Journal, JournalError, Stage, iter_two_stage
-from twostage.journal_file import JournalFile
+from twostage.journal_file import Identity, JournalFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -151,7 +151,7 @@ def test_owner_alone_can_read_it(path: Path, umask: int) -> None:
 
 
 def test_settings_are_those_that_survive_a_kill(path: Path) -> None:
-    file = JournalFile(path, create=True)
+    file = JournalFile(path, Identity("settings", "", 0, 0), create=True)
     settings = {
         name: file.connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "locking_mode")

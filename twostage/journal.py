@@ -146,7 +146,7 @@ class Journal:
                 whose `decode` is not given.
         """
         with closing(self._open()) as file, file.explained("read"):
-            if file.check(self._identity).encode and self.decode is None:
+            if file.identity.encode and self.decode is None:
                 raise JournalError(
                     f"the journal {file.path} was written with encode=; give Journal(..., encode=, decode=)"
                 )
@@ -181,7 +181,6 @@ class Journal:
         """
         with closing(self._open()) as file, file.explained("read"):
             one = file.connection.execute
-            whose = file.check(self._identity)
             tokens, results, first, last = one(
                 """
                 SELECT count(*) FILTER (WHERE result IS NULL AND failure IS NULL AND size IS NOT 0),
@@ -197,8 +196,8 @@ class Journal:
                 """
             )
             return Recorded(
-                whose.job,
-                whose.version or None,
+                file.identity.job,
+                file.identity.version or None,
                 tokens,
                 results,
                 Counter({(stage, name, status): number for stage, name, status, number in failures}),
@@ -207,23 +206,14 @@ class Journal:
             )
 
     @property
-    def _identity(self) -> Identity:
-        """Whose journal it is, as far as that was said."""
-        return Identity(self.job, self.version_text or None, None, None)
-
-    @property
     def version_text(self) -> str:
         """The version as it is recorded; empty for none."""
         return "" if self.version is None else str(self.version)
 
     def _open(self) -> JournalFile:
-        file = JournalFile(self.path, create=False)
-        try:
-            file.check(self._identity)
-        except BaseException:
-            file.close()
-            raise
-        return file
+        """Opens the file to look in: it is this journal's as far as was said whose."""
+        mine = Identity(self.job, self.version_text or None, None, None)
+        return JournalFile(self.path, mine, create=False)
 
 
 JournalLike: TypeAlias = "str | os.PathLike[str] | Journal"

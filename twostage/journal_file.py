@@ -131,25 +131,36 @@ class Identity(NamedTuple):
 class JournalFile:
     """The open file of a journal: nobody else can open it meanwhile.
 
+    Args:
+        path: The file's.
+        mine: Whose it has to be.
+        create: Whether it is made if there is none, and becomes `mine` if it is nobody's yet.
+
     Attributes:
         connection: To it; of one thread at a time.
+        identity: Whose it is.
 
     Raises:
         JournalError: It can't be opened, or is no journal, or another job's.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], mine: Identity, *, create: bool) -> None:
         self.path = os.path.abspath(path)  # noqa: PTH100 - `resolve` follows links
         with self.explained("opened"):
             if create and not os.path.lexists(self.path):
                 _check_nothing_left(self.path)
                 _create(self.path)
-            self._identity = self._hold()
+            self._inode = self._hold()
             try:
                 _check_header(self.path)
                 self.connection = self._connect()
             except BaseException:
                 self._release()
+                raise
+            try:
+                self.identity = self._check(mine, begin=create)
+            except BaseException:
+                self.close()
                 raise
 
     @contextlib.contextmanager
@@ -168,17 +179,19 @@ class JournalFile:
 
     def _hold(self) -> tuple[int, int]:
         found = os.stat(self.path)  # noqa: PTH116 - the path is a plain text here
-        identity = found.st_dev, found.st_ino
+        inode = found.st_dev, found.st_ino
         with _holding:
-            if identity in _held:
-                who = f"this process (pid {os.getpid()})"
-                raise JournalError(f"the journal {self.path} is in use by {who}; expected one job at a time")
-            _held.add(identity)
-        return identity
+            if inode in _held:
+                raise self._in_use_by(f"this process (pid {os.getpid()})")
+            _held.add(inode)
+        return inode
 
     def _release(self) -> None:
         with _holding:
-            _held.discard(self._identity)
+            _held.discard(self._inode)
+
+    def _in_use_by(self, who: str) -> JournalError:
+        return JournalError(f"the journal {self.path} is in use by {who}; expected one job at a time")
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -189,10 +202,7 @@ class JournalFile:
             if _code(error) != sqlite3.SQLITE_BUSY:
                 raise
             pid = _holder(self.path)
-            who = "another process" if pid is None else f"another process (pid {pid})"
-            raise JournalError(
-                f"the journal {self.path} is in use by {who}; expected one job at a time"
-            ) from error
+            raise self._in_use_by("another process" + ("" if pid is None else f" (pid {pid})")) from error
         except BaseException:
             connection.close()
             raise
@@ -214,16 +224,10 @@ class JournalFile:
         connection.execute("BEGIN IMMEDIATE")  # takes the lock, and tells if nothing can be written
         connection.execute("COMMIT")
 
-    def check(self, mine: Identity, *, begin: bool = False) -> Identity:
-        """Returns whose the file is; one that is nobody's yet becomes `mine` with `begin`.
-
-        Raises:
-            JournalError: It is another one's.
-        """
-        with self.explained("opened"):
-            row = self.connection.execute("SELECT * FROM job").fetchone()
-            if row is None and begin:
-                self.connection.execute("INSERT INTO job VALUES (?, ?, ?, ?)", mine)
+    def _check(self, mine: Identity, *, begin: bool) -> Identity:
+        row = self.connection.execute("SELECT * FROM job").fetchone()
+        if row is None and begin:
+            self.connection.execute("INSERT INTO job VALUES (?, ?, ?, ?)", mine)
         theirs = mine if row is None else Identity._make(row)
         different = [
             f"{name}={his!r}, not {my!r}"
@@ -246,7 +250,7 @@ class JournalFile:
         try:
             found = os.stat(self.path)  # noqa: PTH116 - as above
             os.stat(f"{self.path}-wal")  # noqa: PTH116 - as above
-            in_place = (found.st_dev, found.st_ino) == self._identity
+            in_place = (found.st_dev, found.st_ino) == self._inode
         except FileNotFoundError:
             in_place = False
         if not in_place:

@@ -93,13 +93,7 @@ class Recorder:
         Raises:
             JournalError: It can't be had.
         """
-        file = JournalFile(self._journal.path, create=True)
-        try:
-            file.check(self._identity, begin=True)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
+        self._file = JournalFile(self._journal.path, self._identity, create=True)
 
     def close(self) -> None:
         """Lets others have the file. Harmless if that was done."""
