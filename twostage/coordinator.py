@@ -305,7 +305,10 @@ class Coordinator:
             self._take_result(member, result)
 
     def _take_result(self, member: Member, result: object) -> None:
-        if self.recorder is not None and not (isinstance(member, ListedToken) and member.tokens.dropped):
+        if isinstance(member, ListedToken) and member.tokens.dropped:
+            self.at_work -= 1
+            return
+        if self.recorder is not None:
             self.recorder.result(member, result)
         if isinstance(member, ListedToken):
             self._put_in_list(member, result)
@@ -315,9 +318,6 @@ class Coordinator:
 
     def _put_in_list(self, token: ListedToken, result: object) -> None:
         listed, outcome = token.tokens, token.outcome
-        if listed.dropped:
-            self.at_work -= 1
-            return
         outcome.attempts += token.attempts
         listed.results[token.place] = result
         listed.missing -= 1
@@ -587,9 +587,10 @@ class Coordinator:
             line.start_due(now)
         # Items of many tokens fill the window too: then no more are begun, though they have been read.
         window_room = self.reading.room
-        # Unless nothing else goes on: tokens of a journal overtake items that are held back for them.
-        crowded = self.handing.surplus_tokens and window_room < 0
-        bound = self.bound if not crowded else 0 if self.in_progress or self.delayed else 1
+        bound = self.bound
+        if self.handing.surplus_tokens and window_room < 0:
+            # But one if nothing else goes on: a journal's tokens overtake items that they wait for, in order.
+            bound = 0 if self.in_progress or self.delayed else 1
         if self.returned:
             self._start_returned(now, bound)
         least = cast("int", line.batch_size) if self._fills(window_room) else 1
@@ -635,9 +636,8 @@ class Coordinator:
 
     def _ask(self) -> int:
         """Asks for more batches of the source: as much as one bound may be read and not started."""
-        if (
-            self.ending or self.in_progress >= 2 * self.bound
-        ):  # what goes on from a journal can pass the bound
+        passed = self.in_progress >= 2 * self.bound  # as by what goes on from a journal
+        if self.ending or passed:
             return 0
         return self.reading.ask(self.bound - len(self.token_line.waiting))
 

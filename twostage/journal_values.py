@@ -21,7 +21,7 @@ PLAIN = frozenset({str, int, float, bool, type(None)})
 
 def journal_key(key: Callable[[Any], Hashable] | None) -> Callable[[object], str]:
     """Returns what gives an item's key, as canonical JSON: 1, "1", True and 2**70 are four keys."""
-    return _key_text if key is None else partial(_key_text_by, key)
+    return partial(_key_text, key)
 
 
 def check_keys(items: Iterable[object]) -> None:
@@ -32,27 +32,21 @@ def check_keys(items: Iterable[object]) -> None:
     """
     for item in items:
         if type(item) is not str and type(item) is not int:
-            _key_text(item)
+            _key_text(None, item)
 
 
-def _key_text_by(key: Callable[[Any], Hashable], item: object) -> str:
-    identity = key(item)
+def _key_text(key: Callable[[Any], Hashable] | None, item: object) -> str:
+    identity = item if key is None else key(item)
     try:
         return _canonical(identity)
     except (TypeError, ValueError, RecursionError):
+        kind = type(identity).__name__
         raise TypeError(
-            f"key returned {type(identity).__name__} for item {brief(item)}; the journal expects str, int, "
-            "or what JSON can say"
-        ) from None
-
-
-def _key_text(item: object) -> str:
-    try:
-        return _canonical(item)
-    except (TypeError, ValueError, RecursionError):
-        raise TypeError(
-            f"item {brief(item)} of type {type(item).__name__} has no key for the journal; expected str, "
+            f"item {brief(item)} of type {kind} has no key for the journal; expected str, "
             "int, or what JSON can say. Give key=, a function that returns an item's key"
+            if key is None
+            else f"key returned {kind} for item {brief(item)}; the journal expects str, int, "
+            "or what JSON can say"
         ) from None
 
 
