@@ -18,6 +18,7 @@ from twostage.testing import VirtualTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from loops import LoopFactory
 
@@ -46,6 +47,12 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """That of a journal which is not there yet."""
+    return tmp_path / "jobs.sqlite"
 
 
 @pytest.fixture

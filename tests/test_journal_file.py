@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from common import Run
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "jobs.sqlite"
-
-
 def in_a_process(script: str, *arguments: object, **settings: Any) -> subprocess.Popen[str]:  # noqa: ANN401 - Popen's
     return subprocess.Popen(  # noqa: S603 - a script of our own
         [sys.executable, "-c", dedent(script), *map(str, arguments)],
