@@ -102,7 +102,11 @@ class Job:
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Job]:
         self.in_use += 1
-        await asyncio.sleep(0)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:  # the job has ended before it needed one
+            self.in_use -= 1
+            raise
         yield self
         await asyncio.sleep(0)
         self.in_use -= 1
