@@ -490,7 +490,16 @@ def cancel_all_tasks() -> None:
 
 @pytest.mark.parametrize("then", ["waits", "returns", "fails"])
 def test_attempt_that_cancels_itself_ends_once(then: str, on_loop: Pool) -> None:
+    running = most = 0
+
     async def fetch(call: Call) -> str:
+        nonlocal running, most
+        if then == "is over":
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
+            return "answer"
         task = asyncio.current_task()
         assert task is not None
         task.cancel()
@@ -510,6 +519,10 @@ def test_attempt_that_cancels_itself_ends_once(then: str, on_loop: Pool) -> None
             assert {type(end) for end in ended(one).values()} == {CancelledError}
         else:  # it has ended before that could reach it
             assert {type(end) for end in ended(one).values()} == {LookupError if then == "fails" else str}
+        then = "is over"
+        one.runner.start(calls(range(2, 6)))
+        one.take(4)
+        assert most == 1  # its place was given away once
 
 
 def test_who_cancels_all_tasks_of_the_loop_ends_all_attempts_and_the_job(

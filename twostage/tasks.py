@@ -9,6 +9,7 @@ import math
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
+from functools import partial
 from types import coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 Submit: TypeAlias = "Callable[[Callable[[], Coroutine[Any, Any, None]]], Future[None]]"
 """Runs a coroutine function on a loop, until its future is cancelled, as `AsyncExecutor.submit` does."""
 
-Task: TypeAlias = "asyncio.Task[bool]"
+Task: TypeAlias = "asyncio.Task[None]"
 
 CALLS_A_TASK = 4
 """How many calls a task goes on for, before the loop looks at its other work even if none of them waits."""
@@ -212,27 +213,25 @@ class TaskRunner(Runner):
             return False
         self._busy += 1
         self._beginning += 1
-        task = asyncio.get_running_loop().create_task(self._go_on())
+        place = _Place()
+        task = asyncio.get_running_loop().create_task(self._go_on(place))
         self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
-        return not (task.done() and _has_failed(task))  # as an eager one may already
+        task.add_done_callback(partial(self._task_ended, place))
+        return not place.has_failed  # as an eager one may already
 
-    def _task_ended(self, task: Task) -> None:
+    def _task_ended(self, place: _Place, task: Task) -> None:
         self._tasks.discard(task)
-        if task.cancelled():  # before it began
+        if not place.has_begun:  # cancelled before
             self._busy -= 1
             self._beginning -= 1
-        elif _has_failed(task):
+        if place.has_failed or not (task.cancelled() or task.exception() is None):
             return
         if not self._woken:  # else its place is given away with others, not so many at a time
             self._begin()
 
-    async def _go_on(self) -> bool:
-        """Makes attempts, one after the other.
-
-        Returns:
-            Whether another task may go on in its place; not if its last attempt has failed.
-        """
+    async def _go_on(self, place: _Place) -> None:
+        """Makes attempts, one after the other."""
+        place.has_begun = True
         self._beginning -= 1
         task = cast("Task", asyncio.current_task())
         put, running = self._completions.put, self._running
@@ -259,22 +258,29 @@ class TaskRunner(Runner):
                 if isinstance(error, asyncio.CancelledError):
                     error = cancelled(error)
                 self._busy -= 1
+                place.has_failed = True
                 put((self._attempt_ended, call, None, error))
                 if self._stopped and isinstance(error, KeyboardInterrupt):
                     raise error  # a second Ctrl-C, which came just while the call ran, gives up the waiting
                 del error  # as above
-                return False
+                return
             put((self._attempt_ended, call, answer, None))
             del call, asked, answer  # nothing of an attempt is kept while the next runs
             if task.cancelling():  # it is not the next one that was meant
                 break
         self._busy -= 1
-        return True
 
 
-def _has_failed(task: Task) -> bool:
-    """Whether a task's last attempt has, so that nothing goes on in its place."""
-    return task.exception() is not None or not task.result()
+class _Place:
+    """What has become of a task, which may count as cancelled whatever it did, if that came in its last step.
+
+    Attributes:
+        has_begun: Whether it did anything.
+        has_failed: Whether its last attempt has, so that nothing goes on in its place.
+    """
+
+    has_begun = False
+    has_failed = False
 
 
 @coroutine
