@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import resource
@@ -10,15 +11,17 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import traceback
 from functools import partial
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, iterate_in_order, ours, run
+from common import each_way, iterate_in_order, ours, ran, run
 
 from twostage import Journal, JournalError, Stage, iter_two_stage
-from twostage.journal_file import Identity, JournalFile
+from twostage.journal_file import JournalFile
+from twostage.journal_rows import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -166,6 +169,30 @@ def test_relative_path_is_that_of_the_start(path: Path, monkeypatch: pytest.Monk
     assert Journal(path).recorded().results == 2
 
 
+def test_relative_path_is_that_of_the_call_though_a_stream_begins_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    with iter_two_stage("ab", str, str, journal=path.name) as outcomes:
+        (elsewhere := path.parent / "elsewhere").mkdir()
+        os.chdir(elsewhere)
+        assert len(list(outcomes)) == 2
+    assert Journal(path).recorded().results == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_link_is_followed(path: Path, *, there: bool) -> None:
+    (target := path.parent / "elsewhere").mkdir()
+    link = path.with_name("link")
+    link.symlink_to(target / "jobs.sqlite")
+    if there:
+        run("a", str, str, journal=target / "jobs.sqlite")
+    assert run("ab", str, str.upper, journal=Journal(link, job="str, str")) == ["a" if there else "A", "B"]
+    assert Journal(link).recorded().results == 2
+    assert link.is_symlink()
+    assert sorted(path.parent.iterdir()) == [target, link]
+
+
 def foreign(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE answers (a)")
@@ -214,6 +241,33 @@ def test_damaged_journal_is_an_error_that_says_so(path: Path, where: str) -> Non
     )
     untouched(path, lambda: run(range(3000), str, str, journal=path), "can't be (opened|read): it is damaged")
     untouched(path, lambda: list(Journal(path)), "can't be (opened|read): it is damaged")
+
+
+@pytest.mark.parametrize(
+    ("column", "broken"),
+    [
+        *itertools.product(["token", "result", "key"], [b'"secret \xff"', b'"secret', b'"secret" secret']),
+        ("text", b"secret \xff"),
+    ],
+)
+def test_damaged_value_is_shown_by_nothing(path: Path, column: str, broken: bytes) -> None:
+    run("a", str, str, journal=path, return_exceptions=True)
+    connection = sqlite3.connect(path)
+    connection.execute(f"UPDATE answers SET {column} = CAST(? AS TEXT)", (broken,))  # noqa: S608 - a column of ours
+    if column == "text":
+        connection.execute("UPDATE answers SET failure = 'x', stage = 1, passing = 0, result = NULL")
+    connection.commit()
+    connection.close()
+    with pytest.raises(JournalError, match="damaged") as caught:
+        list(Journal(path))
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "secret" not in "".join(traceback.format_exception(error))
+        assert "secret" not in repr(vars(error))
+        error = error.__cause__ or error.__context__
+    if column in ("token", "result"):
+        with pytest.raises(JournalError, match="damaged"):
+            run("a", str, str, journal=path)
 
 
 def test_journal_of_another_job_is_refused_and_says_what_differs(path: Path) -> None:
@@ -366,7 +420,9 @@ def test_read_only_file_system_is_told_from_a_failed_disk(
 
 
 def fail_to_write(*_: object) -> None:
-    raise sqlite3.OperationalError("disk I/O error")
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+    raise error
 
 
 @pytest.mark.parametrize("gone", ["", "-wal"])
@@ -380,6 +436,22 @@ def test_journal_that_is_replaced_under_way_ends_the_job(path: Path) -> None:
     path.with_name("other").write_bytes(b"")
     error = Disk(path).run(run, lambda _: path.with_name("other").replace(path))
     assert error == f"the journal {path} was deleted or replaced while it was in use"
+
+
+def test_what_is_put_in_a_journal_s_place_is_left_as_it_is(path: Path) -> None:
+    """SQLite would put the log of the one that was there into it."""
+    other = path.with_name("other.sqlite")
+    job = {"journal": Journal(other, job="disk")}
+    run(["old"], str, str, **job)
+    Disk(path).run(run, lambda _: other.replace(path))
+    assert [record.item for record in Journal(path)] == ["old"]
+    assert run(["old", "new"], str, str.upper, journal=Journal(path, job="disk")) == ["old", "NEW"]
+
+
+def test_run_after_one_whose_journal_was_deleted_begins_anew(path: Path) -> None:
+    Disk(path).run(run, lambda _: path.unlink())
+    assert run("ab", str, str, journal=path) == ["a", "b"]
+    assert [record.item for record in Journal(path)] == ["a", "b"]
 
 
 def test_real_limit_of_a_file_s_size_ends_the_job_and_a_later_run_goes_on(path: Path) -> None:
@@ -423,3 +495,16 @@ def test_read_only_directory_is_an_error_before_any_call(path: Path, monkeypatch
 def test_stage_of_its_own_settings_has_its_function_s_name(path: Path) -> None:
     run("a", Stage(str.upper, workers=1), str.lower, journal=path)
     assert Journal(path).recorded().job == "str.upper, str.lower"
+
+
+def test_python_without_sqlite_has_all_but_journals() -> None:
+    script = """
+        import sys
+        sys.modules["sqlite3"] = None
+        from twostage import Journal, run_two_stage
+        print(run_two_stage("a", str, str))
+        run_two_stage("a", str, str, journal="a.sqlite")
+    """
+    done = ran(dedent(script))
+    assert done.stdout == "['a']\n"
+    assert "ModuleNotFoundError: import of sqlite3 halted" in done.stderr

@@ -45,6 +45,13 @@ def test_alike_items_of_other_types_are_four_keys(path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("item", ["\ud83d\ude00", ["a", "\ud83d\ude00"], {"\ud83d\ude00": 1}], ids=ascii)
+def test_halves_of_a_character_are_no_key(path: Path, item: object) -> None:
+    """They are the same JSON as the character."""
+    with pytest.raises(TypeError, match="has no key for the journal"):
+        run([item], lambda _: 1 // 0, str, journal=path)
+
+
 @pytest.mark.parametrize(
     "item",
     [1.5, None, ("a", 1), ["a", [1]], {"b": 1, "a": {"c": None}}, "\ud800", "é😀", -0.0, ""],

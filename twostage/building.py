@@ -24,13 +24,12 @@ from twostage.failures import FailureLimit
 from twostage.gates import Gate, HungGate, RateGate, rates_of
 from twostage.handover import HandOver
 from twostage.journal import Journal
-from twostage.journal_file import Identity
+from twostage.journal_rows import Identity
 from twostage.journal_values import check_keys, journal_key
 from twostage.lines import Line
 from twostage.outcomes import AsyncJob, Job
 from twostage.pace import Pace
 from twostage.reading import Reading
-from twostage.recorder import Recorder
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
 from twostage.sources import AsyncSource, Source
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from twostage.completions import Handler
     from twostage.driver import AsyncDriver, Driver
     from twostage.journal import JournalLike
+    from twostage.recorder import Recorder
     from twostage.sources import Key
 
 __all__ = [
@@ -289,7 +289,6 @@ def _coordinator(
         ordered=run_options.ordered,
         twins=twins,
         many=first.many,
-        recorded=journal is not None,
     )
     coordinator = Coordinator(
         token_line,
@@ -320,6 +319,8 @@ def _coordinator(
 
 
 def _recorder(journal: JournalLike, first: Settings, second: Settings, twins: Twins) -> Recorder:
+    from twostage.recorder import Recorder  # noqa: PLC0415 - for some Pythons, SQLite is an extra
+
     if not isinstance(journal, Journal):
         journal = Journal(journal)
     job = journal.job or f"{_name_of(first.stage.fetch)}, {_name_of(second.stage.fetch)}"

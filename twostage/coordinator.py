@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, deque
 from heapq import heappop, heappush
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from twostage.runners import Runner
     from twostage.splits import Splits
     from twostage.twins import Twins
+
+log = logging.getLogger("twostage")
 
 __all__ = ["LEAST_IN_PROGRESS", "Coordinator", "Message"]
 
@@ -263,24 +266,26 @@ class Coordinator:
             outcome.token_attempts = attempts
         calls = self._listed(batch, outcomes) if self.many else outcomes
         if self.recorder is not None and not self.many:
-            for outcome in outcomes:
-                self.recorder.token(outcome)
+            self.recorder.tokens(outcomes)
         if not self.ending:
             self.result_line.waiting.extend(calls)
 
     def _listed(self, batch: Batch, outcomes: Iterable[AnyOutcome]) -> list[ListedToken]:
         """Returns the tokens of items that have many; what is no list of them is its item's failure."""
-        calls: list[ListedToken] = []
+        having: list[AnyOutcome] = []
         for outcome in outcomes:
             try:
-                tokens = outcome.token = token_list(outcome.token)
+                outcome.token = token_list(outcome.token)
+                having.append(outcome)
             except Exception as error:  # noqa: BLE001 - a collection of the user's may raise anything
                 outcome.token = None
                 if not self.ending:
                     self._fail(self.token_line, batch, [outcome], error.with_traceback(None))
-                continue
-            if self.recorder is not None:
-                self.recorder.tokens(outcome, tokens)
+        if self.recorder is not None:
+            self.recorder.lists(having)
+        calls: list[ListedToken] = []
+        for outcome in having:
+            tokens = cast("list[Any]", outcome.token)
             if not tokens:
                 outcome.result = []
                 self._finish(outcome)
@@ -293,28 +298,27 @@ class Coordinator:
 
     def result_ended(self, call: Member, answer: object, error: BaseException | None) -> None:
         """Finishes an item with its result, if that has come."""
-        _, results = self._ended(self.result_line, call, (call,), answer, error)
-        if results:
-            self._take_result(call, results[0])
+        members, results = self._ended(self.result_line, call, (call,), answer, error)
+        self._take_results(members, results)
 
     def results_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """The same for a batch of tokens."""
         members, results = self._batch_ended(self.result_line, batch, answer, error)
-        for member, result in zip(members, results, strict=True):
+        for member in members:
             member.attempts = batch.attempts
-            self._take_result(member, result)
+        self._take_results(members, results)
 
-    def _take_result(self, member: Member, result: object) -> None:
-        if isinstance(member, ListedToken) and member.tokens.dropped:
-            self.at_work -= 1
-            return
+    def _take_results(self, members: Sequence[Member], results: Sequence[Any]) -> None:
         if self.recorder is not None:
-            self.recorder.result(member, result)
-        if isinstance(member, ListedToken):
-            self._put_in_list(member, result)
-        else:
-            member.result = result
-            self._finish(member)
+            self.recorder.results(zip(members, results, strict=True))
+        for member, result in zip(members, results, strict=True):
+            if not isinstance(member, ListedToken):
+                member.result = result
+                self._finish(member)
+            elif member.tokens.dropped:
+                self.at_work -= 1
+            else:
+                self._put_in_list(member, result)
 
     def _put_in_list(self, token: ListedToken, result: object) -> None:
         listed, outcome = token.tokens, token.outcome
@@ -342,6 +346,8 @@ class Coordinator:
     def _hand_over(self, outcome: AnyOutcome) -> None:
         self.finished += 1
         self.handing.add(outcome)
+        if self.recorder is not None:
+            self.recorder.finished(outcome)
         if self.too_many is not None and (error := self.too_many(outcome)) is not None:
             self._end(error)
 
@@ -384,7 +390,7 @@ class Coordinator:
                 if not judged:
                     return members, values
                 judge = line.judge_values(call, members, values, self.now, self.deadline)
-                return ((), ()) if self.ending else self._carry_out(line, call, judge)
+                return self._carry_out(line, call, judge)
         if not isinstance(error, Exception):
             self._end(error)
         elif not self.ending:
@@ -394,14 +400,16 @@ class Coordinator:
     def _carry_out(self, line: Line, call: Call, judged: Iterable[Judged]) -> Answered:
         answered: list[Any] = []
         answers: list[Any] = []
-        failed: list[tuple[Sequence[Any], Exception]] = []
+        failed: list[tuple[Sequence[Any], Exception, bool]] = []
         for members, verdict, error in judged:
             if isinstance(verdict, Answer):
                 answered += members
                 answers.append(self._value_of(verdict, members))
+            elif self.ending:
+                continue
             elif isinstance(verdict, Retry):
                 if verdict.due >= self.deadline:
-                    failed.append((members, verdict.failure or self._time_out()))
+                    failed.append((members, verdict.failure or self._time_out(), True))
                     continue
                 line.log_retry(call, error, max(verdict.due - self.now, 0))
                 self._delay(line, call, members, verdict.due)
@@ -410,16 +418,21 @@ class Coordinator:
                     line.splits.tainted = True
                 self._refresh(line, call, members, verdict.error)
             else:
-                failed.append((members, verdict.error))
-        for members, failure in failed:  # last, as it may be the job's end
+                failed.append((members, verdict.error, verdict.may_pass))
+        self._carry_out_failures(line, call, failed)  # last, as it may be the job's end
+        return answered, answers
+
+    def _carry_out_failures(
+        self, line: Line, call: Call, failed: Iterable[tuple[Sequence[Any], Exception, bool]]
+    ) -> None:
+        for members, failure, may_pass in failed:
             splits = line.splits
             if splits is not None and not splits.refuses(failure):
                 splits.tainted = True
             elif splits is not None and len(members) > 1:
                 self._refuse(line, splits, cast("Batch", call), failure)
                 continue
-            self._fail(line, call, members, failure)
-        return answered, answers
+            self._fail(line, call, members, failure, may_pass=may_pass)
 
     def _value_of(self, verdict: Answer, members: Sequence[Any]) -> object:
         if verdict.given and self.recorder is not None:
@@ -513,7 +526,9 @@ class Coordinator:
             line.waiting.extendleft(reversed(fresh))
             self.at_work -= len(fresh)
 
-    def _fail(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
+    def _fail(
+        self, line: Line, call: Call, members: Sequence[Any], error: Exception, *, may_pass: bool = False
+    ) -> None:
         """Gives items their failure, which is the end of the job unless failures are wanted."""
         listed = self.many and line is self.result_line
         if listed:
@@ -521,7 +536,7 @@ class Coordinator:
             if not members:
                 return
         if error is not self.timed_out:  # that is everybody's
-            self._tell_of(line, call, members, error)
+            self._tell_of(line, call, members, error, may_pass=may_pass)
         if not self.return_exceptions:
             if error is not self.timed_out:  # which keeps nothing back that is done
                 indices = [member.outcome.index if listed else member.index for member in members]
@@ -541,11 +556,13 @@ class Coordinator:
                 outcome.attempts = call.attempts
             self._finish(outcome)
 
-    def _tell_of(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
+    def _tell_of(
+        self, line: Line, call: Call, members: Sequence[Any], error: Exception, *, may_pass: bool
+    ) -> None:
         plural = "" if call.attempts == 1 else "s"
         add_note(error, f"{line.name}, {told(call, members)}, {call.attempts} attempt{plural}")
         if self.recorder is not None:
-            self.recorder.failed(1 if line is self.token_line else 2, members, error)
+            self.recorder.failed(1 if line is self.token_line else 2, members, error, may_pass=may_pass)
 
     # --- decided once for all events of a wake-up
 
@@ -693,10 +710,13 @@ class Coordinator:
         """Has recorded what is handed over next."""
         try:
             recorder.commit()
-            self.handing.committed()
         except Exception as broken:  # noqa: BLE001 - whatever it is, it can't be handed over
+            if self.ending and self.error is not broken:
+                log.warning("what the job's last calls gave is not recorded: %s", broken)
             self._end(without_our_frames(broken))
-            self.handing.discard()
+            self.handing.discard(recorder.take_finished())
+        else:
+            self.handing.recorded(filter(recorder.is_whole, recorder.take_finished()))
 
     def _message(self) -> Message | None:
         if self.recorder is not None:

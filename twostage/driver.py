@@ -124,7 +124,7 @@ class ThreadDriver:
         while True:
             alive = self._is_alive()
             try:  # not `suppress`: Ctrl-C at its end would have two tracebacks
-                return self._messages.get(timeout=LONGEST_GET)
+                return self._messages.get(timeout=LONGEST_GET if alive else 0)
             except Empty:
                 pass
             if not alive:
@@ -202,6 +202,8 @@ def _drive(
             tell(message)
         if callers is not None and callers.is_closed:  # what ran on it never ends
             coordinator.close(None, None, None)
+            join()
+            coordinator.handle(completions.take(0), clock())  # what has ended in threads is recorded
             if coordinator.recorder is not None:
                 coordinator.recorder.close()
             message = _over("the event loop that the job belonged to has been closed")

@@ -9,7 +9,7 @@ from twostage.calls import Outcome
 from twostage.errors import TooManyFailures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from twostage.twins import Twins
 
@@ -27,7 +27,6 @@ class HandOver:
         ordered: Whether outcomes are handed over in the items' order.
         twins: Is told which outcomes were taken.
         many: Whether an item can have many tokens, of which a surplus is kept.
-        recorded: Whether a journal has what is done, so that equal items find it there.
 
     Attributes:
         add: Takes an outcome.
@@ -45,7 +44,6 @@ class HandOver:
         ordered: bool,
         twins: Twins | None,
         many: bool,
-        recorded: bool = False,
     ) -> None:
         self.results = results
         self.ready: list[AnyOutcome] = []
@@ -57,8 +55,6 @@ class HandOver:
             self._place if results is not None else self._hold if ordered else self._release
         )
         self._twins = twins
-        # Indices of those in the list that need not be remembered once they are committed.
-        self._placed: list[int] | None = [] if recorded and results is not None else None
         self._surplus: dict[int, int] = {}  # by the item's index
         self._held: dict[int, AnyOutcome] = {}  # done, and waiting for those before them
         self._next_index = 0  # of the outcome that is handed over next, if ordered
@@ -73,8 +69,6 @@ class HandOver:
         self.taken += 1
         if self._surplus:
             self.forget_surplus(outcome.index)
-        if self._placed is not None and outcome.exception is None:
-            self._placed.append(outcome.index)
 
     def _release(self, outcome: AnyOutcome) -> None:
         self.ready.append(outcome)
@@ -95,17 +89,19 @@ class HandOver:
                 self._release(self._held[index])
         self._held.clear()
 
-    def committed(self) -> None:
-        """Hears that all that is done is recorded."""
-        if self._placed and self._twins is not None:
-            for index in self._placed:
+    def recorded(self, indices: Iterable[int]) -> None:
+        """Hears of outcomes that a journal has, so that equal items find them there."""
+        if self.results is not None and self._twins is not None:  # in a stream they do when they are taken
+            for index in indices:
                 self._twins.forget(index)
-            self._placed.clear()
 
-    def discard(self) -> None:
+    def discard(self, indices: Iterable[int]) -> None:
         """Drops what would be handed over next, or is held: as it could not be recorded."""
         self.ready.clear()
         self._held.clear()
+        if self.results is not None:
+            for index in indices:
+                self.results[index] = None
 
     def finish(self, error: BaseException | None) -> None:
         """Gives the list its last form; if there were too many failures their error gets what is done."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.checks import check_bool, check_function, positive_seconds
 from twostage.errors import JournalError, RecordedFailure, brief
-from twostage.journal_file import Identity, JournalFile, Row, moment
+from twostage.journal_rows import Identity, Row, moment
 from twostage.journal_values import Codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
+
+    from twostage.journal_file import JournalFile
 
 __all__ = ["Journal", "JournalLike", "Record", "Recorded"]
 
@@ -212,6 +214,8 @@ class Journal:
 
     def _open(self) -> JournalFile:
         """Opens the file to look in: it is this journal's as far as was said whose."""
+        from twostage.journal_file import JournalFile  # noqa: PLC0415 - for some Pythons, SQLite is an extra
+
         mine = Identity(self.job, self.version_text or None, None, None)
         return JournalFile(self.path, mine, create=False)
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import struct
 import sys
 import tempfile
 import threading
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-from twostage.errors import JournalError, RecordedFailure
+from twostage.errors import JournalError
+from twostage.journal_rows import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Identity", "JournalFile", "Row", "moment"]
+__all__ = ["JournalFile"]
 
 APPLICATION_ID = 0x32537447  # "2StG"
 SCHEMA_VERSION = 1
@@ -57,7 +57,7 @@ FLOCK = {
 }
 
 # Closing a file, even one opened only to look at its header, drops all locks of this process on it.
-_held: set[tuple[int, int]] = set()  # device and inode
+_held: WeakValueDictionary[tuple[int, int], JournalFile] = WeakValueDictionary()  # by device and inode
 _holding = threading.Lock()
 
 REASONS = {
@@ -70,62 +70,6 @@ REASONS = {
     sqlite3.SQLITE_IOERR: "the disk has failed",
     sqlite3.SQLITE_CANTOPEN: "it can't be opened",
 }
-
-
-class Row(NamedTuple):
-    """What is recorded of an item, or of one of its tokens: the columns of `answers`."""
-
-    key: str
-    place: int
-    size: int | None
-    token: str | bytes | None
-    token_at: float | None
-    result: str | bytes | None
-    at: float | None
-    stage: int | None
-    failure: str | None
-    status: int | None
-    passing: int | None
-    text: str | None
-
-    @property
-    def item(self) -> Any:  # noqa: ANN401 - what JSON can say
-        """The item's key."""
-        return json.loads(self.key)
-
-    @property
-    def token_place(self) -> int | None:
-        """The token's place, if items may have many."""
-        return None if self.size is None else self.place
-
-    @property
-    def recorded_failure(self) -> RecordedFailure:
-        """The failure, of a row that has one."""
-        assert self.stage is not None and self.failure is not None and self.at is not None  # noqa: PT018, S101 - for the type checker
-        return RecordedFailure(
-            self.item, self.token_place, self.stage, self.failure, self.status, moment(self.at), self.text
-        )
-
-
-def moment(seconds: float) -> datetime:
-    """Returns a time that was recorded, in UTC."""
-    return datetime.fromtimestamp(seconds, UTC)
-
-
-class Identity(NamedTuple):
-    """Whose answers a file holds: the columns of `job`. To check that, what is `None` may be anything.
-
-    Attributes:
-        job: The job's name.
-        version: Of the answers; empty for none.
-        many: 1 if items may have many tokens, else 0.
-        encode: 1 if the user's function writes values, else 0.
-    """
-
-    job: str | None
-    version: str | None
-    many: int | None
-    encode: int | None
 
 
 class JournalFile:
@@ -145,7 +89,7 @@ class JournalFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], mine: Identity, *, create: bool) -> None:
-        self.path = os.path.abspath(path)  # noqa: PTH100 - `resolve` follows links
+        self.path = os.path.realpath(path)  # beside which SQLite has the companions
         with self.explained("opened"):
             if create and not os.path.lexists(self.path):
                 _check_nothing_left(self.path)
@@ -170,6 +114,9 @@ class JournalFile:
             yield
         except sqlite3.Error as error:
             reason = REASONS.get(_code(error))
+            if isinstance(error, sqlite3.OperationalError) and not hasattr(error, "sqlite_errorcode"):
+                # Python's own: a text is no UTF-8. It shows the text, which may be a token.
+                reason, error.args = "it is damaged", ("a text is not UTF-8",)
             if os.path.exists(self.path) and not os.access(self.path, os.W_OK):  # noqa: PTH110 - as below
                 reason = "it is read-only"  # of which SQLite may hear as of a failed disk
             detail = f"{reason} ({error})" if reason else str(error)
@@ -183,12 +130,12 @@ class JournalFile:
         with _holding:
             if inode in _held:
                 raise self._in_use_by(f"this process (pid {os.getpid()})")
-            _held.add(inode)
+            _held[inode] = self
         return inode
 
     def _release(self) -> None:
         with _holding:
-            _held.discard(self._inode)
+            _held.pop(self._inode, None)
 
     def _in_use_by(self, who: str) -> JournalError:
         return JournalError(f"the journal {self.path} is in use by {who}; expected one job at a time")
@@ -247,18 +194,24 @@ class JournalFile:
         Raises:
             JournalError: The file, or its write-ahead log, is gone, or another one.
         """
+        if not self._is_in_place():
+            raise JournalError(f"the journal {self.path} was deleted or replaced while it was in use")
+
+    def _is_in_place(self) -> bool:
         try:
             found = os.stat(self.path)  # noqa: PTH116 - as above
             os.stat(f"{self.path}-wal")  # noqa: PTH116 - as above
-            in_place = (found.st_dev, found.st_ino) == self._inode
-        except FileNotFoundError:
-            in_place = False
-        if not in_place:
-            raise JournalError(f"the journal {self.path} was deleted or replaced while it was in use")
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._inode
 
     def close(self) -> None:
         """Lets others have the file."""
         with contextlib.suppress(sqlite3.Error):  # what is committed is safe
+            if not self._is_in_place():  # where SQLite leaves its log, for whatever is in place then
+                self.connection.rollback()
+                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.suppress(sqlite3.Error):
             self.connection.close()
         self._release()
 
@@ -294,7 +247,7 @@ def _create(path: str) -> None:
 def _check_nothing_left(path: str) -> None:
     """Checks that SQLite would not put what is left of a deleted file into the new one."""
     for left in (f"{path}-wal", f"{path}-journal"):
-        if os.path.lexists(left):
+        if os.path.lexists(left) and os.path.getsize(left):  # noqa: PTH202 - as above
             raise JournalError(f"{left} is left of a file that is gone; delete it, or give another path")
 
 

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twostage.errors import brief
+from twostage.errors import JournalError, brief
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
-__all__ = ["Codec", "check_keys", "journal_key"]
+__all__ = ["Codec", "check_keys", "journal_key", "read_json"]
 
 _JSON = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
 _SORTED_JSON = json.JSONEncoder(allow_nan=False, separators=(",", ":"), sort_keys=True).encode
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
+SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def read_json(text: str) -> Any:  # noqa: ANN401 - what JSON can say
+    """Returns what a text in a journal stands for.
+
+    Raises:
+        JournalError: It is no JSON. (The error that says where would hold the text.)
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    raise JournalError("the journal is damaged: what should be JSON is none")
 
 
 def journal_key(key: Callable[[Any], Hashable] | None) -> Callable[[object], str]:
@@ -53,7 +68,11 @@ def _key_text(key: Callable[[Any], Hashable] | None, item: object) -> str:
 def _canonical(key: object) -> str:
     if type(key) is not str and type(key) is not int:
         _check_names(key)
-    return _SORTED_JSON(key)
+    text = _SORTED_JSON(key)
+    # The halves of a pair are the same JSON as the character that they make.
+    if "\\ud" in text and SURROGATE_PAIR.search(_READABLE_JSON(key)):
+        raise ValueError
+    return text
 
 
 def _check_names(value: object) -> None:
@@ -77,7 +96,7 @@ class Codec:
 
     def __init__(self, encode: Callable[[Any], bytes] | None, decode: Callable[[bytes], Any] | None) -> None:
         self._encode = encode
-        self.read: Callable[[Any], Any] = json.loads if decode is None else decode
+        self.read: Callable[[Any], Any] = read_json if decode is None else decode
 
     def write(self, value: object, what: str, item: object) -> str | bytes:
         """Returns what is to be recorded of a value.

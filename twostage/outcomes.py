@@ -47,12 +47,12 @@ class _Hand:
             if recorder is not None:
                 recorder.open()
             self._running = True
-            try:
-                self._driver.start(self._coordinator)
-            except BaseException:
-                if recorder is not None:
-                    recorder.close()
-                raise
+            self._driver.start(self._coordinator)
+
+    def _close_journal(self) -> None:
+        """Closes it, as no thread of ours is left: if none was started, nobody else has."""
+        if self._coordinator.recorder is not None:
+            self._coordinator.recorder.close()
 
     def _take(self) -> Outcome[Any, Any, Any]:
         outcome = self._hand.popleft()
@@ -149,6 +149,7 @@ class Job(_Hand):
                 while not self._ended:
                     self._look(block=True)
                 self._driver.join()
+            self._close_journal()
         finally:  # also if a second Ctrl-C has given up the waiting, or came before anybody was told
             self._over()
             self._wanted = 0
@@ -192,6 +193,7 @@ class AsyncJob(_Hand):
                 while not self._ended:
                     await self._listen()
                 self._driver.join()
+            self._close_journal()
         finally:  # also if a second cancellation has given up the waiting
             self._over()
         if not self._begun:  # else who reads the source closes it

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import time
+from concurrent.futures import CancelledError
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tenacity import RetryError
 
 from twostage.calls import ListedToken, TokenList
 from twostage.clients import status_of
 from twostage.errors import RemoteError
-from twostage.journal_file import Identity, JournalFile, Row
+from twostage.journal_file import JournalFile
+from twostage.journal_rows import Identity, Row
 from twostage.journal_values import Codec
 from twostage.transient import Kind, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from twostage.calls import Member
     from twostage.errors import RecordedFailure
@@ -26,22 +29,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "Recorder"]
 
+AnyT = TypeVar("AnyT")
+
+# What says nothing of the item: a policy that has refused its result, such as "not ready"; an executor that
+# was shut down.
+NO_ANSWER = (RetryError, CancelledError)
+
 LOOKED_UP = 500  # keys at once: older releases of SQLite take 999 at most
 
 FORGET = "DELETE FROM answers WHERE key = ?"
 TOKEN = "INSERT OR REPLACE INTO answers (key, place, size, token, token_at) VALUES (?, ?, ?, ?, ?)"  # noqa: S105 - no secret
 RESULT = """
     INSERT INTO answers (key, place, size, result, at) VALUES (?, ?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET result = excluded.result, at = excluded.at,
+    ON CONFLICT (key, place) DO UPDATE SET result = excluded.result, at = excluded.at,
         stage = NULL, failure = NULL, status = NULL, passing = NULL, text = NULL
 """
-# With a lasting 401 or 403 the token may be what is wrong.
+# Stage one was asked as the token is no good; with a lasting 401 or 403 it may be what is wrong.
 FAILURE = """
     INSERT INTO answers (key, place, size, stage, failure, status, passing, text, at)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET stage = excluded.stage, failure = excluded.failure, status = excluded.status,
+    ON CONFLICT (key, place) DO UPDATE SET
+        stage = excluded.stage, failure = excluded.failure, status = excluded.status,
         passing = excluded.passing, text = excluded.text, at = excluded.at, result = NULL,
-        token = iif(excluded.status IN (401, 403), NULL, token)
+        token = CASE WHEN excluded.stage = 1 OR excluded.status IN (401, 403) THEN NULL ELSE token END
 """
 
 
@@ -74,6 +84,7 @@ class Recorder:
 
     def __init__(self, journal: Journal, identity: Identity, keys: Mapping[int, Any]) -> None:
         self._journal = journal
+        self._path = os.path.realpath(journal.path)  # of now, wherever the script is when it begins
         self._identity = identity
         self._many = bool(identity.many)
         self._keys = keys
@@ -81,6 +92,8 @@ class Recorder:
         self._file: JournalFile | None = None  # while it is open
         self._broken: Exception | None = None
         self._left_out: set[Member] = set()
+        self._partial: set[int] = set()  # indices of items of which a part is not recorded as an answer
+        self._finished: list[int] = []  # those of items that the next commit completes
         # What the next commit will write.
         self._forgotten: list[tuple[str]] = []
         self._tokens: list[tuple[Any, ...]] = []
@@ -93,7 +106,7 @@ class Recorder:
         Raises:
             JournalError: It can't be had.
         """
-        self._file = JournalFile(self._journal.path, self._identity, create=True)
+        self._file = JournalFile(self._path, self._identity, create=True)
 
     def close(self) -> None:
         """Lets others have the file. Harmless if that was done."""
@@ -196,20 +209,35 @@ class Recorder:
         self._left_out.discard(member)
         return True
 
-    def token(self, outcome: AnyOutcome) -> None:
-        """Hears of an item's token."""
-        if not self._is_left_out(outcome) and self._journal.tokens:
-            key = self._keys[outcome.index]
-            written = self._codec.write(outcome.token, "token", outcome.item)
-            self._tokens.append((key, 0, None, written, time.time()))
+    def tokens(self, outcomes: Iterable[AnyOutcome]) -> None:
+        """Hears of items' tokens.
 
-    def tokens(self, outcome: AnyOutcome, tokens: Sequence[object]) -> None:
-        """Hears of the tokens of an item that may have many; those of an older list count no more."""
+        Raises:
+            Exception: One can't be recorded; the others are.
+        """
+        if self._journal.tokens:
+            _each(self._token, outcomes)
+
+    def _token(self, outcome: AnyOutcome) -> None:
+        if not self._is_left_out(outcome):
+            written = self._codec.write(outcome.token, "token", outcome.item)
+            self._tokens.append((self._keys[outcome.index], 0, None, written, time.time()))
+
+    def lists(self, outcomes: Iterable[AnyOutcome]) -> None:
+        """Hears of the tokens of items that may have many; those of an older list count no more.
+
+        Raises:
+            Exception: As from `tokens`.
+        """
+        _each(self._list, outcomes)
+
+    def _list(self, outcome: AnyOutcome) -> None:
+        tokens: Sequence[object] = outcome.token or ()
         key, size, now = self._keys[outcome.index], len(tokens), time.time()
         self._forgotten.append((key,))
         if self._is_left_out(outcome):
-            return
-        if not tokens:
+            self._partial.add(outcome.index)
+        elif not tokens:
             self._tokens.append((key, 0, 0, None, now))
         elif self._journal.tokens:
             self._tokens += [
@@ -217,27 +245,64 @@ class Recorder:
                 for place, token in enumerate(tokens)
             ]
 
-    def result(self, member: Member, result: object) -> None:
-        """Hears of the result of an item, or of one of its tokens."""
-        if self._is_left_out(member):
-            return
-        key, place, size, item = self._place(member)
-        self._results.append((key, place, size, self._codec.write(result, "result", item), time.time()))
+    def results(self, results: Iterable[tuple[Member, object]]) -> None:
+        """Hears of results of items, or of some of their tokens.
 
-    def failed(self, stage: int, members: Iterable[Member], error: Exception) -> None:
-        """Hears of the failure of items, or of some of their tokens, at a stage."""
+        Raises:
+            Exception: As from `tokens`.
+        """
+        _each(self._result, results)
+
+    def _result(self, answered: tuple[Member, object]) -> None:
+        member, result = answered
+        key, index, place, size, item = self._place(member)
+        if self._is_left_out(member):
+            self._partial.add(index)
+        elif not (isinstance(member, ListedToken) and member.tokens.dropped):
+            self._results.append((key, place, size, self._codec.write(result, "result", item), time.time()))
+
+    def failed(self, stage: int, members: Iterable[Member], error: Exception, *, may_pass: bool) -> None:
+        """Hears of the failure of items, or of some of their tokens, at a stage.
+
+        Args:
+            stage: Which it is, 1 or 2.
+            members: They.
+            error: Their failure.
+            may_pass: Whether it is known to be none that lasts.
+        """
         name = error.type_name if isinstance(error, RemoteError) else type(error).__name__
-        # What a policy has refused for its result, such as "not ready", is not what it will be.
-        passing = isinstance(error, RetryError) or kind_of(error) is not Kind.LASTING
+        passing = may_pass or isinstance(error, NO_ANSWER) or kind_of(error) is not Kind.LASTING
         text = _text(error) if self._journal.texts else None
         what = (stage, name, status_of(error), passing, text, time.time())
-        self._failures += [(*self._place(member)[:3], *what) for member in members]
+        for member in members:
+            key, index, place, size, _ = self._place(member)
+            self._partial.add(index)
+            self._failures.append((key, place, size, *what))
+            if stage == 1 and self._many:
+                self._forgotten.append((key,))  # an older list, which was asked for anew
 
-    def _place(self, member: Member) -> tuple[str, int, int | None, object]:
+    def finished(self, outcome: AnyOutcome) -> None:
+        """Hears that an item is done."""
+        self._finished.append(outcome.index)
+
+    def take_finished(self) -> list[int]:
+        """Returns the indices of items that are done since the last time."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def is_whole(self, index: int) -> bool:
+        """Whether an item that is done is recorded, with all its parts; to be asked once."""
+        if index not in self._partial:
+            return True
+        self._partial.discard(index)
+        return False
+
+    def _place(self, member: Member) -> tuple[str, int, int, int | None, object]:
+        """Returns the key and index of a member's item, its place there and of how many, and the item."""
         if isinstance(member, ListedToken):
-            outcome = member.outcome
-            return self._keys[outcome.index], member.place, len(member.tokens.results), outcome.item
-        return self._keys[member.index], 0, None, member.item
+            outcome, size = member.outcome, len(member.tokens.results)
+            return self._keys[outcome.index], outcome.index, member.place, size, outcome.item
+        return self._keys[member.index], member.index, 0, None, member.item
 
     def commit(self) -> None:
         """Writes what was heard of since the last time.
@@ -269,6 +334,18 @@ class Recorder:
         except Exception as error:
             self._broken = error
             raise
+
+
+def _each(record: Callable[[AnyT], None], heard: Iterable[AnyT]) -> None:
+    """Records each of several, and only then raises if one could not be."""
+    problem: Exception | None = None
+    for one in heard:
+        try:
+            record(one)
+        except Exception as error:  # noqa: BLE001 - the user's `encode` may raise anything
+            problem = problem or error
+    if problem is not None:
+        raise problem
 
 
 def _text(error: Exception) -> str:

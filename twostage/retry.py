@@ -76,9 +76,10 @@ class Refresh:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """Give up: the call ends with `error`."""
+    """Give up: the call ends with `error`, which may pass if the policy wanted to go on and was to stop."""
 
     error: Exception
+    may_pass: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +213,14 @@ class Judge:
             retry = Retry(_due(now, verdict), failure) if isinstance(verdict, tenacity.DoSleep) else None
         except Exception as raised:
             if failure is not None and (raised is failure or raised is error):
-                return Fail(failure.with_traceback(traceback))  # without tenacity's frames
+                state_now = policy.iter_state
+                may_pass = state_now.is_explicit_retry or state_now.retry_run_result
+                return Fail(failure.with_traceback(traceback), may_pass)  # without tenacity's frames
             if not isinstance(raised, policy.retry_error_cls):
                 raise  # the policy is broken, not the call
             # Its traceback holds it: a cycle that would keep the call until the collector runs.
             raised.__traceback__ = None
-            return Fail(raised if failure is None else failure)
+            return Fail(raised if failure is None else failure, may_pass=True)
         finally:
             state.outcome = None  # what a call returned is kept by nobody but its outcome
             del error, failure, answer, end
