@@ -224,7 +224,8 @@ class TaskRunner(Runner):
         if not place.has_begun:  # cancelled before
             self._busy -= 1
             self._beginning -= 1
-        if place.has_failed or not (task.cancelled() or task.exception() is None):
+        has_raised = not task.cancelled() and task.exception() is not None  # to be asked, or it is told of
+        if place.has_failed or has_raised:
             return
         if not self._woken:  # else its place is given away with others, not so many at a time
             self._begin()
