@@ -18,6 +18,7 @@ from twostage.calls import Batch
 from twostage.coordinator import Coordinator
 from twostage.handover import HandOver
 from twostage.lines import Line
+from twostage.observing import Listeners
 from twostage.pace import Pace
 from twostage.reading import Reading
 from twostage.retry import Judge
@@ -82,20 +83,22 @@ class CoordinatorMachine(RuleBasedStateMachine):
         limit = 2 if self.limited else math.inf
         lines = [
             Line(
-                "stage one",
+                1,
+                2,
                 limit,
                 batch_check("fetch_token", lambda batch: list(batch.members)),
                 Judge(policy),
-                Pace("stage one", 2, pause=True, patience=None, adaptive=False),
+                Pace(1, 2, pause=True, patience=None, adaptive=False, tell=lambda _: None),
                 slots=True,
                 batch_size=self.batch_size,
             ),
             Line(
-                "stage two",
+                2,
+                2,
                 limit,
                 checked_result,
                 Judge(policy),
-                Pace("stage two", 2, pause=True, patience=None, adaptive=False),
+                Pace(2, 2, pause=True, patience=None, adaptive=False, tell=lambda _: None),
             ),
         ]
         self.results: list[Any] | None = [] if self.listed else None
@@ -106,6 +109,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             reading=Reading(self.batch_size, WINDOW, handing),
             return_exceptions=self.return_exceptions,
             handing=handing,
+            listeners=Listeners(),
         )
         self.workers = [Workers(self, 2), Workers(self, 2)]
         for line, workers in zip(lines, self.workers, strict=True):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import Stage, iter_two_stage, run_two_stage
+from twostage.errors import STAGES
 from twostage.gates import Gate
 from twostage.lines import Line
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
@@ -388,8 +389,9 @@ def test_gate_holds_starts_back_and_hears_of_each(
 ) -> None:
     gate = EverySecond()
 
-    def gated_line(name: str, _limit: float, *parts: Any, **more: Any) -> Line:  # noqa: ANN401 - passed on
-        return Line(name, 3, *parts, **more | {"gates": [gate] if name == stage else []})
+    def gated_line(number: int, workers: int, _limit: float, *parts: Any, **more: Any) -> Line:  # noqa: ANN401 - passed on
+        gates = [gate] if STAGES[number] == stage else []
+        return Line(number, workers, 3, *parts, **more | {"gates": gates})
 
     monkeypatch.setattr("twostage.building.Line", gated_line)
     fails = {4: 2}

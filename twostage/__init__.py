@@ -1,7 +1,7 @@
 """Two API calls for every item, the second needing what the first returned.
 
-The names below are the public ones, and those of `twostage.testing`, with which scripts are tested; the
-other modules are the library's own business.
+The names below are the public ones, and those of `twostage.testing`, with which scripts are tested, and of
+`twostage.observing`, whose events an `Observer` hears; the other modules are the library's own business.
 """
 
 from twostage.async_executor import AsyncExecutor
@@ -19,10 +19,12 @@ from twostage.errors import (
 )
 from twostage.gates import Rate
 from twostage.journal import Journal
+from twostage.observing import Observer, Progress
 from twostage.outcomes import AsyncOutcomes, Outcomes
 from twostage.run import iter_two_stage, run_two_stage
 from twostage.stage import Stage
 from twostage.throttling import Throttled, wait_retry_after
+from twostage.trace import Trace
 from twostage.transient import is_transient
 
 __all__ = [
@@ -33,8 +35,10 @@ __all__ = [
     "Journal",
     "JournalError",
     "MissingToken",
+    "Observer",
     "Outcome",
     "Outcomes",
+    "Progress",
     "Rate",
     "RecordedFailure",
     "RemoteError",
@@ -42,6 +46,7 @@ __all__ = [
     "Stage",
     "Throttled",
     "TooManyFailures",
+    "Trace",
     "aiter_two_stage",
     "arun_two_stage",
     "is_transient",

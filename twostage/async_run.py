@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
-from twostage.building import ItemsOptions, RunOptions, build_async, settled
+from twostage.building import ItemsOptions, RunOptions, Watching, build_async, settled
 from twostage.outcomes import AsyncOutcomes
 from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, Options
 from twostage.stage import (
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
     from twostage.checks import Failures
     from twostage.journal import JournalLike
+    from twostage.observing import Observer
+    from twostage.progress import ProgressLike
     from twostage.retry import RetryPolicy
+    from twostage.trace import Trace
 
 __all__ = ["aiter_two_stage", "arun_two_stage"]
 
@@ -315,6 +318,10 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     timeout: float | None = None,
     max_failures: float | None = None,
     journal: JournalLike | None = None,
+    progress: ProgressLike = False,
+    total: int | None = None,
+    trace: Trace | None = None,
+    observer: Observer | Iterable[Observer] | None = None,
 ) -> list[Any]:
     """Makes two calls for each item, many at once, and returns the results in the items' order.
 
@@ -343,6 +350,10 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
         max_failures: How many items, or which share, may fail before the job ends. Default: any number.
         journal: A file that records what the calls give, so that another run makes only the missing ones.
             Default: nothing is recorded.
+        progress: Whether a bar shows how far the job is, or a function that takes a `Progress`. Default: no.
+        total: How many items there are, for the progress. Default: `len(items)`, if they have one.
+        trace: A `Trace` that records each attempt.
+        observer: An `Observer` that hears what happens, or several.
 
     Returns:
         A result for each item, in the items' order.
@@ -361,7 +372,9 @@ async def arun_two_stage(  # noqa: PLR0913 - a job's settings
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     results: list[Any] = []
-    run_options = RunOptions(return_exceptions, timeout, max_failures)
+    run_options = RunOptions(
+        return_exceptions, timeout, max_failures, Watching(progress, total, trace, observer)
+    )
     job = build_async(items, *stages, options, run_options, results)
     try:
         await job.advance()  # to the end: with a list to fill, no outcome is handed over
@@ -624,6 +637,10 @@ def aiter_two_stage(  # noqa: PLR0913 - a job's settings
     timeout: float | None = None,
     max_failures: float | None = None,
     journal: JournalLike | None = None,
+    progress: ProgressLike = False,
+    total: int | None = None,
+    trace: Trace | None = None,
+    observer: Observer | Iterable[Observer] | None = None,
     ordered: bool = False,
     linger: float | None = None,
 ) -> AsyncOutcomes[Any, Any, Any]:
@@ -651,6 +668,10 @@ def aiter_two_stage(  # noqa: PLR0913 - a job's settings
         max_failures: How many items, or which share, may fail before the job ends. Default: any number.
         journal: A file that records what the calls give, so that another run makes only the missing ones.
             Default: nothing is recorded.
+        progress: Whether a bar shows how far the job is, or a function that takes a `Progress`. Default: no.
+        total: How many items there are, for the progress. Default: `len(items)`, if they have one.
+        trace: A `Trace` that records each attempt.
+        observer: An `Observer` that hears what happens, or several.
         ordered: Whether outcomes come in the items' order.
         linger: Seconds after which a batch leaves though it is not full. Default: batches are full.
 
@@ -672,5 +693,7 @@ def aiter_two_stage(  # noqa: PLR0913 - a job's settings
     """
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
-    run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
+    run_options = RunOptions(
+        return_exceptions, timeout, max_failures, Watching(progress, total, trace, observer), ordered, linger
+    )
     return AsyncOutcomes(build_async(items, *stages, options, run_options))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterable, Iterable
+import time
+from collections.abc import AsyncIterable, Iterable, Sized
 from contextvars import ContextVar, copy_context
 from functools import partial
 from operator import attrgetter
@@ -20,6 +21,7 @@ from twostage.checks import (
 )
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import LoopDriver, ThreadDriver, world
+from twostage.errors import STAGES, brief
 from twostage.failures import FailureLimit
 from twostage.gates import Gate, HungGate, RateGate, rates_of
 from twostage.handover import HandOver
@@ -27,8 +29,11 @@ from twostage.journal import Journal
 from twostage.journal_rows import Identity
 from twostage.journal_values import check_keys, journal_key
 from twostage.lines import Line
-from twostage.outcomes import AsyncJob, Job
+from twostage.logs import Log
+from twostage.observing import JobBegan, Listeners, Observer, StageSettings
+from twostage.outcomes import AsyncJob, Begins, Job
 from twostage.pace import Pace
+from twostage.progress import shower
 from twostage.reading import Reading
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.runners import Work
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from twostage.completions import Handler
     from twostage.driver import AsyncDriver, Driver
     from twostage.journal import JournalLike
+    from twostage.progress import ProgressLike
     from twostage.recorder import Recorder
     from twostage.sources import Key
 
@@ -56,6 +62,7 @@ __all__ = [
     "ItemsOptions",
     "RunOptions",
     "Settings",
+    "Watching",
     "build",
     "build_async",
     "settled",
@@ -70,6 +77,8 @@ COROUTINES = 100
 
 LEAST_WINDOW = 10_000
 
+STAGE_OF = {"fetch_token": 1, "fetch_result": 2}
+
 
 class ItemsOptions(NamedTuple):
     """What is said of the items, not checked yet."""
@@ -81,12 +90,22 @@ class ItemsOptions(NamedTuple):
     journal: JournalLike | None
 
 
+class Watching(NamedTuple):
+    """Who is to hear of what happens, not checked yet."""
+
+    progress: ProgressLike
+    total: int | None
+    trace: Observer | None
+    observer: Observer | Iterable[Observer] | None
+
+
 class RunOptions(NamedTuple):
     """What is said of the run, not checked yet."""
 
     return_exceptions: bool
     timeout: float | None
     max_failures: float | None
+    watching: Watching
     ordered: bool = False
     linger: float | None = None
 
@@ -202,12 +221,13 @@ def build(
 ) -> Job:
     """Checks what is left to check, and builds a job of which nothing runs yet."""
     driver = world.get()()
-    coordinator = _coordinator(driver, first, second, items_options, run_options, results)
+    listeners = _listeners(items, run_options.watching)
+    coordinator = _coordinator(driver, first, second, items_options, run_options, listeners, results)
     source = Source(items, _key(items, items_options))
     source.open()
     if run_options.linger is not None:
         coordinator.reader = driver.reader(source, coordinator.item_read)
-    return Job(source, coordinator, driver)
+    return Job(source, coordinator, driver, _begins(first, second, coordinator))
 
 
 def build_async(
@@ -220,10 +240,57 @@ def build_async(
 ) -> AsyncJob:
     """The same for a consumer on an event loop."""
     driver = LoopDriver() if world.get() is ThreadDriver else cast("AsyncDriver", world.get()())
-    coordinator = _coordinator(driver, first, second, items_options, run_options, results)
+    listeners = _listeners(items, run_options.watching)
+    coordinator = _coordinator(driver, first, second, items_options, run_options, listeners, results)
     source = _source(items, _key(items, items_options))
     coordinator.reader = driver.reader(source, coordinator.item_read)
-    return AsyncJob(source, coordinator, driver)
+    return AsyncJob(source, coordinator, driver, _begins(first, second, coordinator))
+
+
+def _listeners(items: object, watching: Watching) -> Listeners:
+    """Checks who is to hear of what happens."""
+    progress, total, trace, observer = watching
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    elif total:
+        total = positive_int(total, "total")
+    if trace is not None and not isinstance(trace, Observer):
+        raise TypeError(f"trace is {brief(trace)}; expected a Trace, or None")
+    given: list[Any] = [] if observer is None else [observer]
+    if isinstance(observer, Iterable) and not isinstance(observer, Observer):
+        given = list(observer)
+    for one in given:
+        if not isinstance(one, Observer):
+            raise TypeError(f"observer is {brief(observer)}; expected an Observer, or several")
+    own = (Log(), trace, shower(progress))
+    return Listeners([*(one for one in own if one is not None), *given], total=total)
+
+
+def _begins(first: Settings, second: Settings, coordinator: Coordinator) -> Begins:
+    """Returns what makes the first event of a job."""
+
+    def begins(clock: float) -> JobBegan:
+        stages = _told(first), _told(second)
+        window = coordinator.reading.window
+        return JobBegan(time.time(), clock, coordinator.listeners.total, stages, first.many, window)
+
+    return begins
+
+
+def _told(settings: Settings) -> StageSettings:
+    _, stage, batch_size, workers, *_ = settings
+    rates = rates_of(stage.rate, "rate")
+    return StageSettings(
+        _name_of(stage.fetch),
+        workers,
+        batch_size,
+        tuple((rate.limit, rate.per) for rate in rates),
+        any(rate.cost is not None for rate in rates),
+        stage.pause,
+        stage.adaptive,
+        stage.patience,
+        stage.attempt_timeout,
+    )
 
 
 def _key(items: object, options: ItemsOptions) -> Key:
@@ -249,6 +316,7 @@ def _coordinator(
     second: Settings,
     items_options: ItemsOptions,
     run_options: RunOptions,
+    listeners: Listeners,
     results: list[Any] | None,
 ) -> Coordinator:
     """Checks what is left to check, and puts the parts together."""
@@ -274,10 +342,11 @@ def _coordinator(
     token_argument = _item if first.batch_size is None else _items
     result_argument = _token if second.batch_size is None else _tokens
     # Where calls are made of what waits when a worker is free, none is handed over before.
-    token_line = _line(first, token_argument, ahead=refreshes is None)
+    token_line = _line(first, token_argument, listeners, ahead=refreshes is None)
     result_line = _line(
         second,
         result_argument,
+        listeners,
         ahead=second.batch_size is None and not (first.many and refreshes),
         refreshes=refreshes,
     )
@@ -296,6 +365,7 @@ def _coordinator(
         bound=bound,
         reading=Reading(batch_size, window, handing),
         handing=handing,
+        listeners=listeners,
         return_exceptions=run_options.return_exceptions,
         tokens_first=first.stage.executor is not None
         and first.stage.executor is second.stage.executor
@@ -310,10 +380,16 @@ def _coordinator(
     )
     results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
     token_line.runner = driver.runner(
-        _work(first, token_argument, coordinator.batch_ended, _executor(first, second.stage, driver))
+        _work(
+            first,
+            token_argument,
+            coordinator.batch_ended,
+            _executor(first, second.stage, driver),
+            listeners,
+        )
     )
     result_line.runner = driver.runner(
-        _work(second, result_argument, results_ended, _executor(second, first.stage, driver))
+        _work(second, result_argument, results_ended, _executor(second, first.stage, driver), listeners)
     )
     return coordinator
 
@@ -352,33 +428,43 @@ def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:
 def _line(
     settings: Settings,
     argument: Callable[[Any], Any],
+    listeners: Listeners,
     *,
     ahead: bool,
     refreshes: Callable[[Exception], bool] | None = None,
 ) -> Line:
     name, stage, batch_size, workers, retry, _ = settings
-    one = name == "fetch_token"
+    number = STAGE_OF[name]
+    one = number == 1
     check: Check = checked_token if one else checked_result
     splits = None
     if batch_size is not None:
         check = batch_check(name, argument)
         if stage.bisect is not False and repeats(retry):
             splits = Splits(refuses_batch if stage.bisect is True else failure_test(stage.bisect, "bisect"))
-    title = "stage one" if one else "stage two"
     gates: list[Gate] = [RateGate(rate, argument) for rate in rates_of(stage.rate, "rate")]
     if stage.attempt_timeout is not None:
-        gates.append(HungGate(title, workers, stage.patience, keep_places=stage.awaits))
+        gates.append(HungGate(STAGES[number], workers, stage.patience, keep_places=stage.awaits))
     return Line(
-        title,
+        number,
+        workers,
         math.inf if ahead and (stage.executor is None or stage.awaits) and not gates else workers,
         check,
         Judge(retry, retry_missing=stage.retry_missing, refresh_on=refreshes),
-        Pace(title, workers, pause=stage.pause, patience=stage.patience, adaptive=stage.adaptive),
+        Pace(
+            number,
+            workers,
+            pause=stage.pause,
+            patience=stage.patience,
+            adaptive=stage.adaptive,
+            tell=lambda held: listeners.tell(listeners.held_back, held),
+        ),
         slots=batch_size is not None,
         batch_size=1 if one and batch_size is None else batch_size,
         splits=splits,
         gates=gates,
         timed=stage.attempt_timeout is not None,
+        handed_over=listeners.handed_over if listeners.attempt_ended else None,
     )
 
 
@@ -397,12 +483,15 @@ def _executor(settings: Settings, other: Stage[Any, Any], driver: Driver) -> Exe
 
 
 def _work(
-    settings: Settings, argument: Callable[[Any], Any], ended: Handler, executor: Executor | None
+    settings: Settings,
+    argument: Callable[[Any], Any],
+    ended: Handler,
+    executor: Executor | None,
+    listeners: Listeners,
 ) -> Work:
     stage = settings.stage
-    title = "stage one" if settings.name == "fetch_token" else "stage two"
     return Work(
-        title,
+        STAGES[STAGE_OF[settings.name]],
         stage.fetch,
         argument,
         ended,
@@ -413,6 +502,7 @@ def _work(
         rated=bool(rates_of(stage.rate, "rate")),
         awaits=stage.awaits,
         context=stage.context,
+        ends=listeners.ends if listeners.attempt_ended else None,
     )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from twostage.retry import CallState
     from twostage.splits import Halves
 
-__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList", "members_of", "told"]
+__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList", "item_of", "members_of", "told"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
@@ -164,9 +164,14 @@ def members_of(call: Call) -> Sequence[Any]:
     return call.members if isinstance(call, Batch) else (call,)
 
 
+def item_of(member: Member) -> Outcome[Any, Any, Any]:
+    """Returns the outcome of the item that a member belongs to."""
+    return member.outcome if isinstance(member, ListedToken) else member
+
+
 def told(call: Call, members: Sequence[Member] | None = None) -> str:
     """Returns what messages call the items of a call, or of some of its members."""
     if members is None:
         members = members_of(call)
-    first = members[0].outcome if isinstance(members[0], ListedToken) else members[0]
+    first = item_of(members[0])
     return brief(first.item) if len(members) == 1 else f"{len(members)} items from {brief(first.item)}"

@@ -10,8 +10,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from twostage.answers import token_list
-from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList, members_of, told
+from twostage.calls import Batch, Call, ListedToken, Outcome, TokenList, item_of, members_of, told
 from twostage.errors import RunTimeout, add_note, without_our_frames
+from twostage.observing import JobEnded, Progress, RetryDue
 from twostage.retry import Answer, Refresh, Retry
 from twostage.splits import halves
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from twostage.completions import Event
     from twostage.handover import AnyOutcome, HandOver
     from twostage.lines import Judged, Line
+    from twostage.observing import Listeners
     from twostage.reading import Reading
     from twostage.recorder import Recorder
     from twostage.runners import Runner
@@ -32,8 +34,8 @@ log = logging.getLogger("twostage")
 
 __all__ = ["LEAST_IN_PROGRESS", "Coordinator", "Message"]
 
-Answered: TypeAlias = "tuple[Sequence[Any], Sequence[Any]]"
-"""Members of a call that have an answer, and the answers."""
+Answered: TypeAlias = "tuple[Sequence[Any], Sequence[Any], BaseException | None]"
+"""Members of a call that have an answer, and the answers; and the failure of an attempt as a whole."""
 
 LEAST_IN_PROGRESS = 256
 """The floor of the in-progress bound: with less, calls of no latency starve the pools of threads."""
@@ -80,6 +82,7 @@ class Coordinator:
         linger: Seconds that an item waits for others to fill its batch, at most; infinite if it does so
             until the source's end.
         recorder: Keeps what the calls give, if that is wanted. (Then there are `twins`.)
+        listeners: Who hears of what happens.
 
     Attributes:
         reader: What reads the source, item by item, if the consumer's thread does not.
@@ -95,6 +98,7 @@ class Coordinator:
         bound: int,
         reading: Reading,
         handing: HandOver,
+        listeners: Listeners,
         return_exceptions: bool,
         tokens_first: bool = False,
         many: bool = False,
@@ -120,17 +124,20 @@ class Coordinator:
         self.too_many = too_many
         self.linger = linger
         self.recorder = recorder
+        self.listeners = listeners
         self.returned: deque[AnyOutcome] = deque()  # items that want a new token
         self.refreshed: Counter[int] = Counter()  # how often each has, by its index
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
         self._tie = count()  # equal due times must not compare calls
 
         self.finished = 0  # items with an outcome
+        self.failed = 0  # of them, those that have none but a failure
         self.at_work = 0  # items at stage one, tokens at stage two; not those that wait for a due time
         self.ending = False
         self.error: BaseException | None = None
         self.failed_index: float = math.inf  # of the item whose failure ended the job
-        self.deadline = math.inf  # when the timeout will have passed; known from the first moment on
+        self.began: float | None = None  # the first moment
+        self.deadline = math.inf  # when the timeout will have passed
         self.timed_out: RunTimeout | None = None  # what those get that were not done by then
 
     @property
@@ -147,8 +154,19 @@ class Coordinator:
             What the caller's thread has to know, or `None` if nothing.
         """
         self.now = now
-        if self.deadline == math.inf:
+        if self.began is None:
+            self.began = now
             self.deadline = now + self.timeout
+        self._take(events, now)
+        message = self._message()
+        ended = message is not None and message.ended
+        if self.listeners.progressed:
+            self._look(ended=ended)
+        if message is not None and ended:
+            self._tell_end(message.error)
+        return message
+
+    def _take(self, events: Iterable[Event], now: float) -> None:
         remaining = iter(events)
         while True:
             try:
@@ -166,11 +184,12 @@ class Coordinator:
                 break
             except BaseException as broken:  # noqa: BLE001 - a submit or a policy that raises ends the job
                 self._end(without_our_frames(broken))  # and the events that are left are still taken
-        return self._message()
 
     def due(self) -> float | None:
         """Returns when `handle` has to be called even if nothing has happened, or `None`."""
         times = [line.runner.next_overdue(self.now) for line in self.lines if line.timed]
+        if self.listeners.progressed:
+            times.append(self.listeners.next_look)
         if self.ending:
             return min(times, default=None)
         times += [t for line in self._held_back() if self.now < (t := line.opens(self.now)) < math.inf]
@@ -259,7 +278,8 @@ class Coordinator:
 
     def batch_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """Fans a batch's tokens out to stage two, those of them that have come."""
-        outcomes, tokens = self._batch_ended(self.token_line, batch, answer, error)
+        first, size = batch.members[0], len(batch.members)
+        outcomes, tokens, failure = self._batch_ended(self.token_line, batch, answer, error)
         attempts = batch.attempts
         for outcome, token in zip(outcomes, tokens, strict=True):
             outcome.token = token
@@ -269,6 +289,8 @@ class Coordinator:
             self.recorder.tokens(outcomes)
         if not self.ending:
             self.result_line.waiting.extend(calls)
+        if self.listeners.attempt_ended:
+            self.listeners.tell_attempt(1, batch, first, size, self.now, len(calls), failure)
 
     def _listed(self, batch: Batch, outcomes: Iterable[AnyOutcome]) -> list[ListedToken]:
         """Returns the tokens of items that have many; what is no list of them is its item's failure."""
@@ -298,15 +320,20 @@ class Coordinator:
 
     def result_ended(self, call: Member, answer: object, error: BaseException | None) -> None:
         """Finishes an item with its result, if that has come."""
-        members, results = self._ended(self.result_line, call, (call,), answer, error)
+        members, results, failure = self._ended(self.result_line, call, (call,), answer, error)
         self._take_results(members, results)
+        if self.listeners.attempt_ended:
+            self.listeners.tell_attempt(2, call, call, 1, self.now, len(results), failure)
 
     def results_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """The same for a batch of tokens."""
-        members, results = self._batch_ended(self.result_line, batch, answer, error)
+        first, size = batch.members[0], len(batch.members)
+        members, results, failure = self._batch_ended(self.result_line, batch, answer, error)
         for member in members:
             member.attempts = batch.attempts
         self._take_results(members, results)
+        if self.listeners.attempt_ended:
+            self.listeners.tell_attempt(2, batch, first, size, self.now, len(results), failure)
 
     def _take_results(self, members: Sequence[Member], results: Sequence[Any]) -> None:
         if self.recorder is not None:
@@ -345,7 +372,11 @@ class Coordinator:
 
     def _hand_over(self, outcome: AnyOutcome) -> None:
         self.finished += 1
+        if outcome.exception is not None:
+            self.failed += 1
         self.handing.add(outcome)
+        if self.listeners.outcome_done:
+            self.listeners.tell(self.listeners.outcome_done, outcome)
         if self.recorder is not None:
             self.recorder.finished(outcome)
         if self.too_many is not None and (error := self.too_many(outcome)) is not None:
@@ -371,7 +402,7 @@ class Coordinator:
         """Asks what becomes of a call whose attempt has ended, and carries all out that is no answer.
 
         Returns:
-            The members that have an answer, and the answers.
+            The members that have an answer, and the answers; and the attempt's failure as a whole.
         """
         call.attempts += 1
         if line.gates:
@@ -388,16 +419,20 @@ class Coordinator:
                     if line.pace.watches:
                         line.succeeded(self.now)
                 if not judged:
-                    return members, values
+                    return members, values, None
                 judge = line.judge_values(call, members, values, self.now, self.deadline)
-                return self._carry_out(line, call, judge)
+                return *self._carry_out(line, call, judge), None
         if not isinstance(error, Exception):
             self._end(error)
         elif not self.ending:
-            return self._carry_out(line, call, line.judge_failure(call, members, error, self.now))
-        return (), ()
+            judge = line.judge_failure(call, members, error, self.now)
+            return *self._carry_out(line, call, judge), error
+        return (), (), error
 
-    def _carry_out(self, line: Line, call: Call, judged: Iterable[Judged]) -> Answered:
+    def _carry_out(
+        self, line: Line, call: Call, judged: Iterable[Judged]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Returns the members that have an answer, and the answers."""
         answered: list[Any] = []
         answers: list[Any] = []
         failed: list[tuple[Sequence[Any], Exception, bool]] = []
@@ -411,7 +446,8 @@ class Coordinator:
                 if verdict.due >= self.deadline:
                     failed.append((members, verdict.failure or self._time_out(), True))
                     continue
-                line.log_retry(call, error, max(verdict.due - self.now, 0))
+                if self.listeners.retry_due:
+                    self._tell_retry(line, call, members, error, verdict.due)
                 self._delay(line, call, members, verdict.due)
             elif isinstance(verdict, Refresh):
                 if line.splits is not None:
@@ -433,6 +469,13 @@ class Coordinator:
                 self._refuse(line, splits, cast("Batch", call), failure)
                 continue
             self._fail(line, call, members, failure, may_pass=may_pass)
+
+    def _tell_retry(
+        self, line: Line, call: Call, members: Sequence[Member], error: Exception | None, due: float
+    ) -> None:
+        outcome, number = item_of(members[0]), call.attempts
+        event = RetryDue(line.stage, outcome.item, outcome.index, len(members), number, error, self.now, due)
+        self.listeners.tell(self.listeners.retry_due, event)
 
     def _value_of(self, verdict: Answer, members: Sequence[Any]) -> object:
         if verdict.given and self.recorder is not None:
@@ -562,7 +605,7 @@ class Coordinator:
         plural = "" if call.attempts == 1 else "s"
         add_note(error, f"{line.name}, {told(call, members)}, {call.attempts} attempt{plural}")
         if self.recorder is not None:
-            self.recorder.failed(1 if line is self.token_line else 2, members, error, may_pass=may_pass)
+            self.recorder.failed(line.stage, members, error, may_pass=may_pass)
 
     # --- decided once for all events of a wake-up
 
@@ -660,6 +703,41 @@ class Coordinator:
 
     def _read_on(self, reader: Runner) -> None:
         reader.start([Call()] * (self._ask() * self.reading.size))
+
+    # --- what is told
+
+    def _look(self, *, ended: bool) -> None:
+        if ended:
+            self.listeners.next_look = self.now
+        goes_on = any(line.runner.out or line.pace.why(self.now) for line in self.lines)
+        self.listeners.look(self.now, self.progress, goes_on=goes_on)
+
+    def progress(self) -> Progress:
+        """Returns how far the job is."""
+        first, second = (min(line.runner.out, line.workers) for line in self.lines)
+        line = self.result_line
+        return Progress(
+            seconds=self.now - (self.began or 0.0),
+            done=self.finished,
+            failed=self.failed,
+            total=self.listeners.total,
+            tokens_waiting=len(line.waiting) + len(line.due) + line.runner.out - second,
+            token_calls=first,
+            result_calls=second,
+            delayed=len(self.delayed),
+            why="" if self.ending else self._why(),
+        )
+
+    def _why(self) -> str:
+        held = [why for line in self.lines if (why := line.pace.why(self.now))]
+        if not held and self.in_progress >= self.bound and not self.at_work:
+            held = ["the consumer is away"]
+        return "; ".join(held)
+
+    def _tell_end(self, error: BaseException | None) -> None:
+        seconds = self.now - (self.began or 0.0)
+        end = JobEnded(self.now, seconds, self.finished, self.failed, error)
+        self.listeners.tell(self.listeners.job_ended, end)
 
     # --- ends
 

@@ -38,6 +38,9 @@ LONGEST_GET = 1.0
 class Driver(Protocol):
     """Runs one coordinator; used by the thread that reads the source and hands over."""
 
+    def clock(self) -> float:
+        """Returns the time, as the coordinator is told it; in seconds."""
+
     def start(self, coordinator: Coordinator) -> None:
         """Begins to run `coordinator`; its runners were made by this driver."""
 
@@ -78,6 +81,9 @@ class ThreadDriver:
         self._loop: AsyncExecutor | None = None  # of our own, if a stage needs one
         self._callers: CallersLoop | None = None
         self.send = self._completions.put
+
+    def clock(self) -> float:
+        return time.monotonic()
 
     def runner(self, work: Work) -> Runner:
         self._runners.append(self._runner(work))

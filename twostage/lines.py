@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from twostage.answers import holds_exceptions
 from twostage.calls import Batch
-from twostage.clients import status_of
+from twostage.errors import STAGES
 from twostage.gates import Refused
 from twostage.retry import Answer, End, Fail, Retry, Verdict
 from twostage.throttling import Throttled
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Judged", "Line"]
 
-log = logging.getLogger("twostage")
-
 
 class Judged(NamedTuple):
     """The verdict on some of a call's members, and the failure that it is about, if there was one."""
@@ -42,7 +39,8 @@ class Line:
     """One stage as the coordinator sees it: what waits there, and what decides on it.
 
     Args:
-        name: How messages call the stage.
+        stage: Which it is, 1 or 2.
+        workers: How many of its attempts may run at once.
         limit: How many attempts may be handed to the runner; infinite if it keeps a limit of its own
             and gives back what has not begun, so that its workers need never wait for the coordinator.
         check: Takes an answer and its call; returns a value for each of the call's members.
@@ -54,8 +52,10 @@ class Line:
         gates: What else may hold starts back. What was handed over can't be held, so with gates
             `limit` is the number that may run.
         timed: Whether the runner gives up attempts that take too long.
+        handed_over: Is told when calls are given to the runner, if that matters.
 
     Attributes:
+        name: How messages call the stage.
         refused: Calls that a gate will never let start, each with its failure.
     """
 
@@ -63,7 +63,8 @@ class Line:
 
     def __init__(  # noqa: PLR0913 - they are what a stage is
         self,
-        name: str,
+        stage: int,
+        workers: int,
         limit: float,
         check: Check,
         judge: Judge,
@@ -74,8 +75,11 @@ class Line:
         splits: Splits | None = None,
         gates: Sequence[Gate] = (),
         timed: bool = False,
+        handed_over: dict[Call, float] | None = None,
     ) -> None:
-        self.name = name
+        self.stage = stage
+        self.name = STAGES[stage]
+        self.workers = workers
         self.limit = limit
         self.check = check
         self.judge = judge
@@ -85,10 +89,10 @@ class Line:
         self.splits = splits
         self.gates: list[Gate] = [*gates, pace] if pace.slows else list(gates)
         self.timed = timed
+        self.handed_over = handed_over
         self.waiting: deque[Member] = deque()
         self.due: deque[Call] = deque()
         self.refused: list[tuple[Call, Exception]] = []
-        self.has_retried = False
         self.looks_at_values = slots or judge.judges_results  # a success else costs nothing
 
     def has_to_judge(self, values: Sequence[Any]) -> bool:
@@ -145,7 +149,7 @@ class Line:
         else:
             yield Judged(members, verdict, error)
         if isinstance(error, Throttled) and isinstance(verdict, Retry):
-            call.attempts -= 1  # when it has been logged by its number
+            call.attempts -= 1  # when it has been told of by its number
 
     def _end(self, call: Call, answer: object, error: Exception | None, now: float, *, excused: bool) -> End:
         return End(
@@ -167,25 +171,6 @@ class Line:
         for member, value in zip(members, values, strict=True):
             failed = self.slots and isinstance(value, Exception)
             yield Judged([member], Fail(value) if failed else Answer(value, given=True), None)
-
-    def log_retry(self, call: Call, error: Exception | None, wait: float) -> None:
-        """Says that a call is tried again: the stage's first time as a warning, later ones at level INFO."""
-        if isinstance(error, Throttled):  # it has not failed, and used no attempt
-            log.info("%s: a call is held back for %.2f s by a limit", self.name, wait)
-            return
-        level = logging.INFO if self.has_retried else logging.WARNING
-        self.has_retried = True
-        if log.isEnabledFor(level):
-            status = None if error is None else status_of(error)
-            log.log(
-                level,
-                "%s: attempt %d %s%s; the next one in %.2f s",
-                self.name,
-                call.attempts,
-                "was refused by the retry policy" if error is None else f"failed with {type(error).__name__}",
-                "" if status is None else f", status {status}",
-                wait,
-            )
 
     # --- gates
 
@@ -239,8 +224,10 @@ class Line:
         if self.gates:
             self.due.extend(calls)
             self.start_due(now)
-        else:
-            self.runner.start(calls, first=first)  # last, when the books are right: it can raise
+            return
+        if self.handed_over is not None:
+            self.handed_over.update(dict.fromkeys(calls, now))
+        self.runner.start(calls, first=first)  # last, when the books are right: it can raise
 
     def start_due(self, now: float) -> None:
         """Starts calls whose time has come, before all others of the stage."""
@@ -254,6 +241,8 @@ class Line:
             call = self.due.popleft()
             for gate in self.gates:
                 gate.started(call, now)
+            if self.handed_over is not None:
+                self.handed_over[call] = now
             self.runner.start([call], first=True)
 
     def take(self) -> Call:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from twostage.errors import without_our_frames
 from twostage.loops import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from types import TracebackType
 
     from twostage.calls import Outcome
     from twostage.coordinator import Coordinator, Message
     from twostage.driver import AsyncDriver, Driver
+    from twostage.observing import JobBegan
     from twostage.sources import AsyncSource, Source
 
-__all__ = ["AsyncJob", "AsyncOutcomes", "Job", "Outcomes"]
+__all__ = ["AsyncJob", "AsyncOutcomes", "Begins", "Job", "Outcomes"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
+
+Begins: TypeAlias = "Callable[[float], JobBegan]"
+"""Makes the first event of a job, of the time on its clock."""
 
 
 class _Hand:
@@ -29,9 +33,10 @@ class _Hand:
 
     _running = False  # from the first `advance` to `close`; also while Ctrl-C interrupts `__init__`
 
-    def __init__(self, coordinator: Coordinator, driver: Driver) -> None:
+    def __init__(self, coordinator: Coordinator, driver: Driver, begins: Begins) -> None:
         self._coordinator = coordinator
         self._driver = driver
+        self._begins = begins
         self._hand: deque[Outcome[Any, Any, Any]] = deque()
         self._untold = 0
         # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
@@ -47,6 +52,9 @@ class _Hand:
             if recorder is not None:
                 recorder.open()
             self._running = True
+            listeners = self._coordinator.listeners
+            if listeners.job_began:
+                listeners.tell(listeners.job_began, self._begins(self._driver.clock()))
             self._driver.start(self._coordinator)
 
     def _close_journal(self) -> None:
@@ -95,8 +103,9 @@ class Job(_Hand):
         source: Source,
         coordinator: Coordinator,
         driver: Driver,
+        begins: Begins,
     ) -> None:
-        super().__init__(coordinator, driver)
+        super().__init__(coordinator, driver, begins)
         self._source = source
         # A thread of ours that reads the source closes it as well.
         self._close_source = source.close if coordinator.reader is None else coordinator.reader.join
@@ -161,8 +170,10 @@ class AsyncJob(_Hand):
 
     _driver: AsyncDriver
 
-    def __init__(self, source: Source | AsyncSource, coordinator: Coordinator, driver: AsyncDriver) -> None:
-        super().__init__(coordinator, driver)
+    def __init__(
+        self, source: Source | AsyncSource, coordinator: Coordinator, driver: AsyncDriver, begins: Begins
+    ) -> None:
+        super().__init__(coordinator, driver, begins)
         self._source = source
         self._turn = Turn()
         self._begun = False

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from twostage.errors import STAGES
 from twostage.gates import Gate
 from twostage.limits import Limit
+from twostage.observing import HeldBack
 from twostage.outages import Outage
 from twostage.throttling import LONGEST_PAUSE, Throttled, retry_after
 from twostage.transient import Kind, is_timeout, kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twostage.calls import Call
     from twostage.runners import Runner
 
 __all__ = ["PATIENCE", "Pace"]
-
-log = logging.getLogger("twostage")
 
 PATIENCE = 300.0
 """How long, in seconds, a stage waits for an API that has answered before."""
@@ -29,7 +30,7 @@ SPREAD = 0.1  # of a pause: how long the starts after it are spread
 AFTER_TIMEOUT = 0.9  # of an adaptive limit: nobody says how many the API would have answered in time
 
 
-class HeldBack:
+class TimeHeldBack:
     """The time in which a stage was held back, which does not count for calls that waited meanwhile.
 
     Attributes:
@@ -62,11 +63,12 @@ class Pace(Gate):
     starts but one probe at a time. And a *limit* of attempts at once: after these two, or an adaptive one.
 
     Args:
-        name: What messages call the stage.
+        stage: Which it is, 1 or 2.
         workers: The most attempts that run at once.
         pause: Whether an answer that asks for a wait makes the whole stage wait.
         patience: For how many seconds an API that has answered before is waited for; `None`: for ever.
         adaptive: Whether the limit is found out.
+        tell: Hears when the stage is held back, and when it goes on.
 
     Attributes:
         partner: The pace of the other stage, whose API is likely to be the same one.
@@ -79,18 +81,27 @@ class Pace(Gate):
     partner: Pace | None = None
 
     def __init__(
-        self, name: str, workers: int, *, pause: bool, patience: float | None, adaptive: bool
+        self,
+        stage: int,
+        workers: int,
+        *,
+        pause: bool,
+        patience: float | None,
+        adaptive: bool,
+        tell: Callable[[HeldBack], None],
     ) -> None:
         self.slows = self.watches = adaptive
         self.succeeded_at: float | None = None
-        self.held_back = HeldBack()
-        self._name = name
+        self.held_back = TimeHeldBack()
+        self._stage = stage
+        self._tell = tell
         self._pauses = pause
         self._patience = math.inf if patience is None else patience
         self._limit = Limit(workers, adaptive=adaptive)
         self._outage = Outage()
         self._given_up = False  # waiting for the API; until the next success
         self._resumes = -math.inf  # when the last pause ends
+        self._paused_by = ""
         self._gap = 0.0  # between starts after it, on average
         self._next_start = -math.inf
 
@@ -98,6 +109,14 @@ class Pace(Gate):
     def is_down(self) -> bool:
         """Whether the API seems to be down."""
         return self._outage.since is not None
+
+    def why(self, now: float) -> str:
+        """Returns why nothing starts, or only what probes the API; empty if neither is so."""
+        if self.is_down:
+            return "API down, probing"
+        if now >= self._resumes:
+            return ""
+        return f"{STAGES[self._stage]} paused {math.ceil(self._resumes - now)} s {self._paused_by}"
 
     # --- the gate
 
@@ -169,18 +188,19 @@ class Pace(Gate):
         """
         asked = min(retry_after(error) or 0.0, LONGEST_PAUSE)
         if asked and self._pauses:
-            self._pause(now, now + asked, logging.INFO if isinstance(error, Throttled) else logging.WARNING)
+            self._pause(now, now + asked, "limited" if isinstance(error, Throttled) else "paused")
         if running is not None and not isinstance(error, Throttled):
             self._limit.refused(running, now)
         self._look()
         return self.succeeded_at is not None and now - self.succeeded_at <= self._patience
 
-    def _pause(self, now: float, until: float, level: int) -> None:
+    def _pause(self, now: float, until: float, why: Literal["paused", "limited"]) -> None:
         longer = until - max(now, self._resumes)
         if longer <= 0:
             return
         if now >= self._resumes or longer >= 1:
-            log.log(level, "%s: paused for %.1f s, as the API asks", self._name, until - now)
+            self._tell(HeldBack(self._stage, why, now, until, until - now))
+        self._paused_by = "by Retry-After" if why == "paused" else "by your limit"
         if self._outage.since is not None:
             self.held_back.add(self._outage.since, now)
         self.held_back.add(now, until)
@@ -198,20 +218,17 @@ class Pace(Gate):
         suspected = self.partner is not None and self.partner.is_down
         if not self._outage.lose(call, now, self._limit.most, suspected=suspected):
             return False
-        log.warning(
-            "%s: the API seems to be down: %d calls were not answered since the last success",
-            *(self._name, len(self._outage.lost)),
-        )
+        self._tell(HeldBack(self._stage, "down", now, lost=len(self._outage.lost)))
         return True
 
     def _answered(self, now: float) -> None:
         if self._outage.since is not None:
-            log.warning("%s: the API answers again, after %.1f s", self._name, now - self._outage.since)
+            self._tell(HeldBack(self._stage, "up", now, now, now - self._outage.since))
             self._begin_again(now, self._outage.since)
         self._outage.end()
 
     def _stop_waiting(self, now: float, down_since: float) -> None:
-        log.warning("%s: the API is not waited for any more, after %.0f s", self._name, self._patience)
+        self._tell(HeldBack(self._stage, "given up", now, now, self._patience))
         self._given_up = True
         self._begin_again(now, down_since)
         self._outage.end()

@@ -91,7 +91,7 @@ class PoolRunner(Runner):
         self.out -= 1
         self._work.ended(call, answer, error)
 
-    def _go_on(self) -> bool:
+    def _go_on(self) -> bool:  # noqa: C901 - it runs for every attempt, and a function more would cost
         """Makes attempts, one after the other; runs in a thread of the pool.
 
         Returns:
@@ -105,6 +105,7 @@ class PoolRunner(Runner):
             self._attempt_ended,
             self._running,
         )
+        ends = self._work.ends
         end = clock() + TASK_TIME
         while clock() < end:
             try:
@@ -128,11 +129,15 @@ class PoolRunner(Runner):
             except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
                 counts = running is None or running.pop(attempt, None) is not None
                 if counts:
+                    if ends is not None:
+                        ends[call] = clock()
                     put((attempt_ended, call, None, without_our_frames(error)))
                 del call, asked  # the error's traceback holds this frame, and the call may hold the error
                 return counts
             if running is not None and running.pop(attempt, None) is None:
                 return False
+            if ends is not None:
+                ends[call] = clock()
             put((attempt_ended, call, answer, None))
             del call, asked, answer  # nothing of an attempt is kept while the next is waited for
         return True

@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
-from twostage.building import RESULT_WORKERS, TOKEN_WORKERS, ItemsOptions, RunOptions, build, settled
+from twostage.building import (
+    RESULT_WORKERS,
+    TOKEN_WORKERS,
+    ItemsOptions,
+    RunOptions,
+    Watching,
+    build,
+    settled,
+)
 from twostage.errors import warn
 from twostage.outcomes import Outcomes
 from twostage.stage import (
@@ -26,7 +34,10 @@ if TYPE_CHECKING:
     from twostage.building import Settings
     from twostage.checks import Failures
     from twostage.journal import JournalLike
+    from twostage.observing import Observer
+    from twostage.progress import ProgressLike
     from twostage.retry import RetryPolicy
+    from twostage.trace import Trace
 
 __all__ = [
     "DEFAULT_RESULT_WORKERS",
@@ -56,6 +67,10 @@ class Options(TypedDict, Generic[ItemT], total=False):
     timeout: float | None
     max_failures: float | None
     journal: JournalLike | None
+    progress: ProgressLike
+    total: int | None
+    trace: Trace | None
+    observer: Observer | Iterable[Observer] | None
 
 
 @overload
@@ -340,6 +355,10 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     timeout: float | None = None,
     max_failures: float | None = None,
     journal: JournalLike | None = None,
+    progress: ProgressLike = False,
+    total: int | None = None,
+    trace: Trace | None = None,
+    observer: Observer | Iterable[Observer] | None = None,
 ) -> list[Any]:
     """Makes two calls for each item, many at once, and returns the results in the items' order.
 
@@ -380,6 +399,12 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
         journal: A file that records what the calls give, so that the same script run again makes only those
             that are missing: its path, or a `Journal`. Items, or what `key` returns, are then `str`, `int`
             or what JSON can say, and so are tokens and results. Default: nothing is recorded.
+        progress: Whether a bar of tqdm shows how far the job is (`pip install 'twostage[progress]'`): `True`
+            if standard error is a terminal, or this is a notebook; "always" in any case. Or a function that
+            takes a `Progress`, at most ten times a second. Default: nothing is shown.
+        total: How many items there are, for the progress. Default: `len(items)`, if they have one.
+        trace: A `Trace` that records each attempt.
+        observer: An `Observer` that hears what happens, or several.
 
     Returns:
         A result for each item, in the items' order.
@@ -404,7 +429,9 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     _warn_of_loop(stages, "arun_two_stage")
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     results: list[Any] = []
-    run_options = RunOptions(return_exceptions, timeout, max_failures)
+    run_options = RunOptions(
+        return_exceptions, timeout, max_failures, Watching(progress, total, trace, observer)
+    )
     job = build(items, *stages, options, run_options, results)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
@@ -667,6 +694,10 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     timeout: float | None = None,
     max_failures: float | None = None,
     journal: JournalLike | None = None,
+    progress: ProgressLike = False,
+    total: int | None = None,
+    trace: Trace | None = None,
+    observer: Observer | Iterable[Observer] | None = None,
     ordered: bool = False,
     linger: float | None = None,
 ) -> Outcomes[Any, Any, Any]:
@@ -709,6 +740,12 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
         journal: A file that records what the calls give, so that the same script run again makes only those
             that are missing: its path, or a `Journal`. Items, or what `key` returns, are then `str`, `int`
             or what JSON can say, and so are tokens and results. Default: nothing is recorded.
+        progress: Whether a bar of tqdm shows how far the job is (`pip install 'twostage[progress]'`): `True`
+            if standard error is a terminal, or this is a notebook; "always" in any case. Or a function that
+            takes a `Progress`, at most ten times a second. Default: nothing is shown.
+        total: How many items there are, for the progress. Default: `len(items)`, if they have one.
+        trace: A `Trace` that records each attempt.
+        observer: An `Observer` that hears what happens, or several.
         ordered: Whether outcomes come in the items' order. Those that are done then wait for the ones
             before them: a straggler holds back up to `window` items, and with a small window the calls.
             If the job ends early, what is done before the failed item is handed over, with gaps.
@@ -734,7 +771,9 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
     _warn_of_loop(stages, "aiter_two_stage")
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
-    run_options = RunOptions(return_exceptions, timeout, max_failures, ordered, linger)
+    run_options = RunOptions(
+        return_exceptions, timeout, max_failures, Watching(progress, total, trace, observer), ordered, linger
+    )
     return Outcomes(build(items, *stages, options, run_options))
 
 

@@ -300,6 +300,9 @@ class _VirtualDriver:
         self._runners: list[_VirtualRunner] = []
         self._messages: deque[Message] = deque()
 
+    def clock(self) -> float:
+        return self._virtual.now
+
     def runner(self, work: Work) -> _VirtualRunner:
         runner = _VirtualRunner(self, self._virtual, work)
         self._runners.append(runner)
