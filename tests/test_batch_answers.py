@@ -326,6 +326,7 @@ def test_nothing_is_sent_again_where_there_is_no_retry(none: Any, answer: Any) -
 
 
 def test_no_text_shows_a_token_or_a_result(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "twostage")
     late = Once(a=1)
 
     def fetch_results(tokens: list[str]) -> dict[str, object]:

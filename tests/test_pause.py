@@ -344,11 +344,16 @@ class Waiting(logging.Handler):
             self.logged.set()
 
     def __enter__(self) -> threading.Event:
-        logging.getLogger("twostage").addHandler(self)
+        logger = logging.getLogger("twostage")
+        self.level_before = logger.level
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
         return self.logged
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("twostage").removeHandler(self)
+        logger = logging.getLogger("twostage")
+        logger.removeHandler(self)
+        logger.setLevel(self.level_before)
 
 
 class OneByOne(Executor):
@@ -626,15 +631,17 @@ def test_wait_retry_after_in_a_policy_of_the_user_s(virtual: VirtualTime) -> Non
 
 
 @pytest.mark.parametrize(
-    ("error", "level"), [(asking(7), logging.WARNING), (Throttled(7), logging.INFO)], ids=["429", "Throttled"]
+    ("error", "level", "who"),
+    [(asking(7), logging.WARNING, "the API"), (Throttled(7), logging.INFO, "your limit")],
+    ids=["429", "Throttled"],
 )
 @in_virtual_time
 def test_pause_is_logged_once_with_its_length(
-    error: Exception, level: int, caplog: pytest.LogCaptureFixture
+    error: Exception, level: int, who: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "twostage")
     run_two_stage(range(20), int, failing({0: [error]}))
-    assert pauses_in(caplog) == [(level, "stage two: paused for 7.0 s, as the API asks")]
+    assert pauses_in(caplog) == [(level, f"stage two: paused for 7.0 s, as {who} asks")]
 
 
 def test_pause_that_grows_a_little_is_not_logged_again(
@@ -673,9 +680,9 @@ def test_no_record_has_items_tokens_or_results_in_it(caplog: pytest.LogCaptureFi
 def test_throttled_is_logged_as_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "twostage")
     run_two_stage([0], int, failing({0: [Throttled(5)]}))
-    assert caplog.messages == [
-        "stage two: paused for 5.0 s, as the API asks",
-        "stage two: a call is held back for 5.00 s by a limit",
+    assert caplog.messages[1:-1] == [
+        "stage two: paused for 5.0 s, as your limit asks",
+        "stage two, 0: held back for 5.00 s by a limit",
     ]
 
 

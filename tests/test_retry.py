@@ -411,10 +411,11 @@ def test_each_retry_is_logged_with_its_reason(
     assert "secret" not in caplog.text
 
 
-def test_job_without_retries_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_job_without_retries_logs_its_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     run_two_stage(["item"], str, Scripted(ApiError()), retry=None, return_exceptions=True)
-    assert caplog.records == []
+    assert [message.partition(" ")[0] for message in caplog.messages] == ["a", "the"]
+    assert caplog.messages[1].endswith("1 items done, 1 of them failed")
 
 
 # --- the exception that reaches the user

@@ -52,9 +52,10 @@ class Log(Observer):
 
     def held_back(self, held: HeldBack) -> None:
         stage = STAGES[held.stage]
-        if held.why in ("paused", "limited"):
-            level = logging.INFO if held.why == "limited" else logging.WARNING
-            log.log(level, "%s: paused for %.1f s, as the API asks", stage, held.seconds)
+        if held.why == "paused":
+            log.warning("%s: paused for %.1f s, as the API asks", stage, held.seconds)
+        elif held.why == "limited":  # as it is meant to be
+            log.info("%s: paused for %.1f s, as your limit asks", stage, held.seconds)
         elif held.why == "down":
             log.warning(
                 "%s: the API seems to be down: %d calls were not answered since the last success",
