@@ -1,12 +1,14 @@
 """The demonstration, `python -m twostage`: one job in four ways, against an HTTP API over real sockets.
 
-`python -m twostage journal FILE` looks into a journal instead.
+`python -m twostage journal FILE` looks into a journal instead, and `python -m twostage plan TRACE` tells what
+a job will take.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import importlib.util
 import logging
 import math
 import sys
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tenacity import Retrying, stop_after_attempt, wait_random_exponential
 
-from twostage import MissingToken, _journal_report, run_two_stage
+from twostage import MissingToken, Trace, _journal_report, _plan, run_two_stage
 from twostage import _ways_through_faults as ways
 from twostage._embedded_answers import (
     FAULTS,
@@ -53,7 +55,8 @@ what failed, and their results are checked.
 """
 
 EPILOG = f"""
-"python -m twostage journal FILE" tells what a job's journal holds.
+"python -m twostage journal FILE" tells what a job's journal holds, and
+"python -m twostage plan TRACE" what a job will take, from a trial run's trace.
 
 faults by name, each with its share, from 0 to below 1:
 {"".join(f"  {name:13}{what}{chr(10)}" for name, what in FAULTS.items())}
@@ -90,7 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "journal":
         return _journal_report.main(argv[1:])
+    if argv and argv[0] == "plan":
+        return _plan.main(argv[1:])
     options = parse(argv)
+    options.trace = Trace()
+    options.progress = importlib.util.find_spec("tqdm") is not None
     intro = (
         f"{options.items:,} items, two calls each, to an HTTP API on 127.0.0.1: for a token in up to 10 ms,\n"
         "for its result in up to 5 ms; "
@@ -99,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = options.faults.get("errors", 0)
         print(f"{intro}{100 * share:.3g} % of the attempts fail and are retried.\n")
         print_table(run_all(options), COLUMNS)
-        print("\nAll results right, in order.")
+        print("\nAll results right, in order. The last way, as its trace has it:\n")
     else:
         shares = ", ".join(f"{name} {100 * share:.3g} %" for name, share in options.faults.items())
         print(f"{intro}faults by share:\n{shares}.")
@@ -107,7 +114,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table(run_all_with_faults(options), COLUMNS_OF_FAULTS)
         print("\nExtra are the attempts beyond one for each batch and each token that there is.")
         print(f"All outcomes right, in order: {counted_outcomes(options)}.")
+        print("The last way, as its trace has it:\n")
+    show(options.trace, options)
     return 0
+
+
+def show(trace: Trace, options: argparse.Namespace) -> None:
+    """Prints what a trace says, and writes what is asked for."""
+    print(trace)
+    print(f"The least time for what the API did is {trace.efficiency():.0%} of the time it took.")
+    writers: dict[str, Callable[[str], object]] = {
+        "plot": trace.plot,
+        "perfetto": trace.to_perfetto,
+        "trace_file": trace.save,
+    }
+    for option, write in writers.items():
+        path = getattr(options, option)
+        if path is not None:
+            try:
+                write(path)
+            except (ImportError, OSError, ValueError) as error:
+                raise SystemExit(f"--{option.partition('_')[0]}: {error}") from error
+            print(f"{path} is written.")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -132,6 +160,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "share of the attempts that fail, from 0 to below 1, or shares by name: errors=0.02,missing=0.01",
     )
     add("--seed", whole_number(0), 7, "seed of the latencies and faults")
+    for name, what in (
+        ("--plot", "a picture of the last way, as PNG, SVG or PDF (needs matplotlib)"),
+        ("--perfetto", "its events, for https://ui.perfetto.dev"),
+        ("--trace", 'its trace, for "python -m twostage plan FILE"'),
+    ):
+        dest = "trace_file" if name == "--trace" else None
+        parser.add_argument(name, metavar="FILE", dest=dest, help=f"write {what}")
     return parser.parse_args(argv)
 
 
@@ -289,7 +324,13 @@ def one_item_a_call(client: Client, items: Sequence[int], options: argparse.Name
     """The two stages without batches: the first has as many calls as the second, and gets as many workers."""
     workers = options.result_workers
     return run_two_stage(
-        items, client.fetch_token, client.fetch_result, token_workers=workers, result_workers=workers
+        items,
+        client.fetch_token,
+        client.fetch_result,
+        token_workers=workers,
+        result_workers=workers,
+        trace=options.trace,
+        progress=options.progress,
     )
 
 
@@ -302,6 +343,8 @@ def in_batches(client: Client, items: Sequence[int], options: argparse.Namespace
         batch_size=options.batch_size,
         token_workers=options.token_workers,
         result_workers=options.result_workers,
+        trace=options.trace,
+        progress=options.progress,
     )
 
 

@@ -40,13 +40,17 @@ def one_item_a_call(client: Client, items: Sequence[int], options: argparse.Name
     """The two stages without batches."""
     workers = options.result_workers
     return through_faults(
-        items, Stage(client.fetch_token, workers=workers), Stage(client.fetch_result, workers=workers)
+        options,
+        items,
+        Stage(client.fetch_token, workers=workers),
+        Stage(client.fetch_result, workers=workers),
     )
 
 
 def by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
     """The two stages, the first in batches that are answered by key."""
     return through_faults(
+        options,
         items,
         Stage(client.fetch_keyed_tokens, **by_key_options(options, options.token_workers)),
         Stage(client.fetch_result, workers=options.result_workers),
@@ -56,6 +60,7 @@ def by_key(client: Client, items: Sequence[int], options: argparse.Namespace) ->
 def both_by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
     """The two stages, both in batches that are answered by key."""
     return through_faults(
+        options,
         items,
         Stage(client.fetch_keyed_tokens, **by_key_options(options, options.token_workers)),
         Stage(client.fetch_results, **by_key_options(options, options.result_workers)),
@@ -65,6 +70,7 @@ def both_by_key(client: Client, items: Sequence[int], options: argparse.Namespac
 def orders_by_key(client: Client, items: Sequence[int], options: argparse.Namespace) -> list[object]:
     """The two stages, the first in batches that are answered by key, with any number of tokens an item."""
     return through_faults(
+        options,
         items,
         Stage(client.fetch_keyed_orders, many=True, **by_key_options(options, options.token_workers)),
         Stage(client.fetch_result, workers=options.result_workers),
@@ -81,8 +87,17 @@ def by_key_options(options: argparse.Namespace, workers: int) -> dict[str, Any]:
     }
 
 
-def through_faults(items: Sequence[int], first: Stage[Any, Any], second: Stage[Any, Any]) -> list[object]:
+def through_faults(
+    options: argparse.Namespace, items: Sequence[int], first: Stage[Any, Any], second: Stage[Any, Any]
+) -> list[object]:
     """Runs a job that ends with an outcome for each item, whatever is ordered."""
     return run_two_stage(
-        items, first, second, retry=PATIENT, refresh_token_on=ExpiredToken, return_exceptions=True
+        items,
+        first,
+        second,
+        retry=PATIENT,
+        refresh_token_on=ExpiredToken,
+        return_exceptions=True,
+        trace=options.trace,
+        progress=options.progress,
     )

@@ -464,7 +464,7 @@ def _line(
         splits=splits,
         gates=gates,
         timed=stage.attempt_timeout is not None,
-        handed_over=listeners.handed_over if listeners.attempt_ended else None,
+        observed=bool(listeners.attempt_ended),
     )
 
 
@@ -502,7 +502,7 @@ def _work(
         rated=bool(rates_of(stage.rate, "rate")),
         awaits=stage.awaits,
         context=stage.context,
-        ends=listeners.ends if listeners.attempt_ended else None,
+        observed=bool(listeners.attempt_ended),
     )
 
 

@@ -25,10 +25,15 @@ class Call:
     Attributes:
         attempts: How many attempts have ended. What is taken back before it began has used none.
         began: When the running attempt, or the last one, began; set by who runs it.
+        ended: When that ended; set by who runs it too, if attempts are observed and it knows. Else 0.
+        handed_over: When it was handed over, if attempts are observed.
         retry_state: tenacity's state of this call, from its first judged attempt on.
     """
 
-    __slots__ = ("attempts", "began", "retry_state")
+    __slots__ = ("attempts", "began", "ended", "handed_over", "retry_state")
+
+    ended: float
+    handed_over: float
 
     def __init__(self) -> None:
         self.attempts = 0

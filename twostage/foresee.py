@@ -160,7 +160,7 @@ def _recorded(trace: Trace, stage: int) -> list[Recorded]:
         if error.name == "Throttled" or any(since <= ended <= until for since, until in down):
             continue
         answered = answers / size if many else min(answers / size, 1.0)
-        recorded.append(Recorded(ended - began, size, answered, error, asked, wait if wait >= 0 else None))
+        recorded.append(Recorded(ended - began, size, answered, error, asked, wait or None))
     return recorded
 
 

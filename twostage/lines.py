@@ -14,7 +14,7 @@ from twostage.throttling import Throttled
 from twostage.transient import is_throttled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from twostage.answers import Check
     from twostage.calls import Call, Member
@@ -52,7 +52,7 @@ class Line:
         gates: What else may hold starts back. What was handed over can't be held, so with gates
             `limit` is the number that may run.
         timed: Whether the runner gives up attempts that take too long.
-        handed_over: Is told when calls are given to the runner, if that matters.
+        observed: Whether calls are to have the time at which they were given to the runner.
 
     Attributes:
         name: How messages call the stage.
@@ -75,7 +75,7 @@ class Line:
         splits: Splits | None = None,
         gates: Sequence[Gate] = (),
         timed: bool = False,
-        handed_over: dict[Call, float] | None = None,
+        observed: bool = False,
     ) -> None:
         self.stage = stage
         self.name = STAGES[stage]
@@ -89,7 +89,7 @@ class Line:
         self.splits = splits
         self.gates: list[Gate] = [*gates, pace] if pace.slows else list(gates)
         self.timed = timed
-        self.handed_over = handed_over
+        self.observed = observed
         self.waiting: deque[Member] = deque()
         self.due: deque[Call] = deque()
         self.refused: list[tuple[Call, Exception]] = []
@@ -225,8 +225,8 @@ class Line:
             self.due.extend(calls)
             self.start_due(now)
             return
-        if self.handed_over is not None:
-            self.handed_over.update(dict.fromkeys(calls, now))
+        if self.observed:
+            _stamp(calls, now)
         self.runner.start(calls, first=first)  # last, when the books are right: it can raise
 
     def start_due(self, now: float) -> None:
@@ -241,8 +241,8 @@ class Line:
             call = self.due.popleft()
             for gate in self.gates:
                 gate.started(call, now)
-            if self.handed_over is not None:
-                self.handed_over[call] = now
+            if self.observed:
+                _stamp([call], now)
             self.runner.start([call], first=True)
 
     def take(self) -> Call:
@@ -262,3 +262,9 @@ class Line:
                 while self.waiting and len(calls) < room:
                     calls.append(self.take())
             self.start(calls, now)
+
+
+def _stamp(calls: Iterable[Call], now: float) -> None:
+    for call in calls:
+        call.handed_over = now
+        call.ended = 0.0

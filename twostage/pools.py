@@ -105,9 +105,10 @@ class PoolRunner(Runner):
             self._attempt_ended,
             self._running,
         )
-        ends = self._work.ends
-        end = clock() + TASK_TIME
-        while clock() < end:
+        observed = self._work.observed
+        now = clock()
+        end = now + TASK_TIME
+        while now < end:
             try:
                 call = self._first.popleft() if self._first else self._queue.get(timeout=LINGER)
             except IndexError:
@@ -127,17 +128,19 @@ class PoolRunner(Runner):
             try:
                 answer = context().run(fetch, asked)
             except BaseException as error:  # noqa: BLE001 - all that ends an attempt is for the coordinator
+                now = clock()
                 counts = running is None or running.pop(attempt, None) is not None
                 if counts:
-                    if ends is not None:
-                        ends[call] = clock()
+                    if observed:
+                        call.ended = now
                     put((attempt_ended, call, None, without_our_frames(error)))
                 del call, asked  # the error's traceback holds this frame, and the call may hold the error
                 return counts
             if running is not None and running.pop(attempt, None) is None:
                 return False
-            if ends is not None:
-                ends[call] = clock()
+            now = clock()
+            if observed:
+                call.ended = now
             put((attempt_ended, call, answer, None))
             del call, asked, answer  # nothing of an attempt is kept while the next is waited for
         return True

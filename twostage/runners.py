@@ -52,7 +52,7 @@ class Work(NamedTuple):
         rated: Whether it matters when exactly an attempt begins.
         awaits: Whether `fetch` is a coroutine function.
         context: Makes the async context manager whose value `fetch` is given as well, if there is one.
-        ends: Is told when each attempt ended, if that matters; else it is when the coordinator hears of it.
+        observed: Whether each call is to have the time at which its attempt ended.
     """
 
     stage: str
@@ -66,7 +66,7 @@ class Work(NamedTuple):
     rated: bool = False
     awaits: bool = False
     context: Callable[[], AbstractAsyncContextManager[Any]] | None = None
-    ends: dict[Call, float] | None = None
+    observed: bool = False
 
 
 class Runner:
@@ -173,8 +173,8 @@ class _Attempt:
         try:
             return self._work.variables.copy().run(self._work.fetch, self._argument)
         finally:
-            if self._work.ends is not None:
-                self._work.ends[self._call] = self._clock()
+            if self._work.observed:
+                self._call.ended = self._clock()
 
     def __reduce__(self) -> tuple[object, ...]:
         if self._work.rated:

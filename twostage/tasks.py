@@ -235,7 +235,7 @@ class TaskRunner(Runner):
         place.has_begun = True
         self._beginning -= 1
         task = cast("Task", asyncio.current_task())
-        put, running, ends = self._completions.put, self._running, self._work.ends
+        put, running = self._completions.put, self._running
         for _ in range(CALLS_A_TASK):
             if self._closing.is_set():
                 break
@@ -255,8 +255,8 @@ class TaskRunner(Runner):
                 put((self._given_up_ended, None, None, None))
                 del error  # its frames lead to this one, from Python 3.12 on
                 break
-            if ends is not None:
-                ends[call] = self._clock()
+            if self._work.observed:
+                call.ended = self._clock()
             if error is not None:
                 if isinstance(error, asyncio.CancelledError):
                     error = cancelled(error)

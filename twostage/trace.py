@@ -6,6 +6,7 @@ import json
 import os
 from array import array
 from itertools import compress
+from struct import pack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twostage import foresee, perfetto, trace_plot, trace_summary
@@ -43,8 +44,8 @@ ATTEMPTS = {
     "asked": "f",
     "wait": "f",
 }
-NO_WAIT = -1.0
-LOT = 1024  # attempts that are kept as they came, before they are put into the columns: that costs less so
+LEAST_WAIT = 1e-9  # a wait of 0 is none
+LOT = 64  # attempts that are kept as they came, before they are put into the columns: that costs less so
 
 
 class Ending(NamedTuple):
@@ -104,7 +105,7 @@ class Trace(Observer):
         self._places: dict[Ending, int] = {self.endings[0]: 0}
         self._lot: list[tuple[Any, ...]] = []
         self._attempts: dict[str, array[Any]] = {name: array(code) for name, code in ATTEMPTS.items()}
-        self._wait = NO_WAIT  # till a retry, of the attempt that will be told of next
+        self._wait = 0.0  # till a retry, of the attempt that will be told of next
 
     # --- what it hears
 
@@ -112,15 +113,16 @@ class Trace(Observer):
         self._begin(job)
 
     def retry_due(self, retry: RetryDue) -> None:
-        self._wait = retry.due - retry.at
+        self._wait = max(retry.due - retry.at, LEAST_WAIT)
 
     def attempt_ended(self, attempt: Attempt) -> None:
         record: tuple[Any, ...] = attempt
-        if attempt[8] is not None or self._wait >= 0:
+        if attempt[8] is not None or self._wait:
             record = (*attempt[:8], (*self._ending(attempt[8]), self._wait))
-            self._wait = NO_WAIT
-        self._lot.append(record)
-        if len(self._lot) >= LOT:
+            self._wait = 0.0
+        lot = self._lot
+        lot.append(record)
+        if len(lot) >= LOT:
             self._store()
 
     def _ending(self, error: BaseException | None) -> tuple[int, float]:
@@ -141,9 +143,9 @@ class Trace(Observer):
         if not lot or room <= 0:
             return
         *columns, ends = zip(*lot[:room], strict=True)
-        columns += zip(*((0, 0.0, NO_WAIT) if end is None else end for end in ends), strict=True)
+        columns += zip(*((0, 0.0, 0.0) if end is None else end for end in ends), strict=True)
         for column, values in zip(self._attempts.values(), columns, strict=True):
-            column.extend(values)
+            column.frombytes(pack(f"{len(values)}{column.typecode}", *values))  # faster than `extend`
 
     def held_back(self, held: HeldBack) -> None:
         if len(self.holds) != self.max_attempts:
@@ -208,9 +210,7 @@ class Trace(Observer):
         """Returns from when till when calls of a stage waited for a retry, in seconds of the job."""
         attempts = self.stage(stage)
         return [
-            (ended, ended + wait)
-            for ended, wait in zip(attempts.ended, attempts.wait, strict=True)
-            if wait >= 0
+            (ended, ended + wait) for ended, wait in zip(attempts.ended, attempts.wait, strict=True) if wait
         ]
 
     def pauses(self, stage: int) -> list[tuple[float, float, str]]:

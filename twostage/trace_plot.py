@@ -29,7 +29,7 @@ HELD = "#777777"
 
 MANY = 4_000  # attempts, from which on most of them would be narrower than a pixel
 BINS = 900  # along the time, then
-GAP = 2.0  # lanes between the stages
+GAP = 0.06  # of all lanes, between the stages
 
 
 def plot(trace: Trace, path: str | os.PathLike[str] | None) -> Figure:
@@ -60,11 +60,13 @@ def plot(trace: Trace, path: str | os.PathLike[str] | None) -> Figure:
 
 def _timeline(axes: Axes, trace: Trace, attempts: dict[int, Attempts], seconds: float) -> None:
     many = len(trace) > MANY
+    lanes_of = {stage: lanes(one) for stage, one in attempts.items()}
+    heights = {stage: max(lane_of, default=0) + 1 for stage, lane_of in lanes_of.items()}
+    gap = GAP * sum(heights.values())
     top, ticks = 0.0, []
     kinds: dict[str, Any] = {f"{STAGES[stage]}: answered": {"facecolor": COLOURS[stage]} for stage in (1, 2)}
     for stage, one in attempts.items():
-        lane_of = lanes(one)
-        height = max(lane_of, default=0) + 1
+        lane_of, height = lanes_of[stage], heights[stage]
         if many:
             _draw_shares(axes, one, lane_of, stage, (top, height, seconds))
         else:
@@ -78,13 +80,13 @@ def _timeline(axes: Axes, trace: Trace, attempts: dict[int, Attempts], seconds: 
             axes.broken_barh(pauses, (top - 0.1, height + 0.1), zorder=3, **look)
             kinds["held back by the API"] = look
         ticks.append((top + height / 2, f"{STAGES[stage]}\n{height} at once"))
-        top += height + GAP
-    axes.set_ylim(top - GAP + 0.1, -0.1)  # stage one is above stage two
+        top += height + gap
+    axes.set_ylim(top - gap + 0.1, -0.1)  # stage one is above stage two
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="both", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     busy = "; the darker, the busier each worker was" if many else ", a line for each worker"
-    axes.set_title(f"{len(trace):,} attempts{busy}", loc="left", fontsize=10)
+    axes.set_title(f"{len(trace):,} attempts{busy}", loc="left", fontsize=10, pad=22)
     _legend(axes, kinds)
 
 
@@ -158,7 +160,7 @@ def _counts(axes: Axes, trace: Trace, attempts: dict[int, Attempts], seconds: fl
     lines += _line(
         other, tokens_waiting(attempts[1], attempts[2]), seconds, "tokens waiting (right)", WAITING
     )
-    other.set_ylim(bottom=0)
+    other.set_ylim(0, max(1.0, other.get_ylim()[1]))
     other.set_ylabel("tokens", color=WAITING)
     for panel in (axes, other):
         panel.spines["top"].set_visible(False)
@@ -184,5 +186,5 @@ def _legend(axes: Axes, kinds: dict[str, Any]) -> None:
     from matplotlib.patches import Patch  # noqa: PLC0415 - an extra
 
     handles = [Patch(label=label, **look) for label, look in kinds.items()]
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), fontsize=8,
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), fontsize=8,
                 frameon=False, borderpad=0)  # fmt: skip

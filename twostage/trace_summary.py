@@ -95,7 +95,7 @@ class Summary(NamedTuple):
             lines.append(f"{self.left_out:,} attempts were not recorded")
         failed = f", {self.failed:,} of them failed" if self.failed else ""
         lines.append(f"{self.done:,} items in {self.seconds:.2f} s{failed}")
-        return "\n".join([*lines, f"limit: {self.limit}", self.advice])
+        return "\n".join([*lines, "", f"limit: {self.limit}", self.advice])
 
 
 ROWS: Sequence[tuple[str, Callable[[StageSummary], str]]] = (
