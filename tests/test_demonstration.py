@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from twostage._embedded_client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 LONG = 10.0
 """Seconds that nothing here takes."""
@@ -38,7 +40,7 @@ class Table:
     """What the demonstration printed: what stands above its table, the rows, and what stands below."""
 
     def __init__(self, text: str) -> None:
-        self.above, table, self.below = text.strip().split("\n\n")
+        self.above, table, self.below, self.trace, self.limit = text.strip().split("\n\n")
         header, *lines = table.splitlines()
         assert header.split() == HEADER
         assert len(set(map(len, [header, *lines]))) == 1  # the columns are aligned
@@ -104,7 +106,10 @@ def test_command_prints_the_table_and_nothing_else() -> None:
     assert table.calls == [120, 120, 120, 63]
     assert sum(table.retries) > 0
     assert table.speed_ups[0] == "1.0"
-    assert table.below == "All results right, in order."
+    assert table.below == "All results right, in order. The last way, as its trace has it:"
+    assert [*table.trace.splitlines()[1].split()[:2], table.calls[-1]] == ["calls", "3", 63]
+    assert table.limit.startswith("limit: ")
+    assert table.limit.endswith("of the time it took.")
 
 
 def test_command_refuses_a_bad_option_with_a_message() -> None:
@@ -122,6 +127,9 @@ def test_default_is_a_thousand_items_in_batches_of_a_hundred() -> None:
         "result_workers": 32,
         "faults": {"errors": 0.02},
         "seed": 7,
+        "plot": None,
+        "perfetto": None,
+        "trace_file": None,
     }
 
 
@@ -152,9 +160,10 @@ def test_each_option_is_used(
     made: dict[str, Any] = {"faults": {"errors": 0.0}, "seed": 99}
     assert quick.made == [made | {"outage_after": calls // 2} for calls in table.calls]
     assert pools == [5]
+    watching = {"trace": jobs[0][1]["trace"], "progress": True}
     assert jobs == [
-        (list(range(10)), {"token_workers": 5, "result_workers": 5}),
-        (list(range(10)), {"batch_size": 3, "token_workers": 2, "result_workers": 5}),
+        (list(range(10)), {"token_workers": 5, "result_workers": 5, **watching}),
+        (list(range(10)), {"batch_size": 3, "token_workers": 2, "result_workers": 5, **watching}),
     ]
     assert table.attempts == [20, 20, 20, 14]
     assert table.retries == [0, 0, 0, 0]
@@ -295,7 +304,11 @@ def extras_of(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, d
     assert demonstration.main(options) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    above, table, below = printed.out.strip().split("\n\n")
+    above, table, below, trace, limit = printed.out.strip().split("\n\n")
+    assert trace.startswith("                   stage one  stage two\ncalls ")
+    assert limit.startswith("limit: ")
+    below, _, last = below.rpartition("\n")
+    assert last == "The last way, as its trace has it:"
     header, *lines = table.splitlines()
     assert header.split() == ["seconds", "attempts", "extra"]
     assert len(set(map(len, [header, *lines]))) == 1
@@ -554,3 +567,48 @@ sys.exit(demonstration.main(["--items", "5", "--faults", "0"]))
         ended.stderr
         == "twostage, batches of 100, 4 + 32 workers: wrong results, or not in the order of the items\n"
     )
+
+
+# --- what it writes
+
+
+def test_picture_events_and_trace_are_written_and_the_trace_makes_a_plan(
+    quick: type[QuickApi], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot, perfetto, trace = (tmp_path / name for name in ("plot.svg", "events.json", "trace.json"))
+    options = ("--items", "60", "--batch-size", "20", "--faults", "0", "--result-workers", "8")
+    files = ("--plot", str(plot), "--perfetto", str(perfetto), "--trace", str(trace))
+    assert demonstration.main((*options, *files)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3:] == [f"{plot} is written.", f"{perfetto} is written.", f"{trace} is written."]
+    assert plot.read_text().startswith("<?xml")
+    assert len([one for one in json.loads(perfetto.read_text())["traceEvents"] if one["ph"] == "X"]) == 63
+    assert demonstration.main(("plan", str(trace))) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("from 63 attempts for 60 items in ")
+    assert [line.split(" items: ")[0].strip() for line in lines] == ["60", "600", "6,000"]
+    assert lines[1].endswith("in 8 of 10 cases), 630 calls (630 to 630)")
+    assert (
+        demonstration.main(("plan", str(trace), "--items", "120", "--result-workers", "1", "--rate", "10"))
+        == 0
+    )
+    (_, line) = capsys.readouterr().out.splitlines()
+    assert line.startswith("120 items: 11.")
+
+
+def test_what_can_not_be_planned_or_written_is_a_message(
+    quick: type[QuickApi], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = str(tmp_path / "trace.json")
+    options = ("--items", "60", "--batch-size", "20", "--faults", "0")
+    with pytest.raises(SystemExit, match="--plot: "):
+        demonstration.main((*options, "--plot", str(tmp_path / "none" / "plot.png")))
+    demonstration.main((*options, "--trace", trace))
+    with pytest.raises(SystemExit, match="batch_size is 7, the trace has 20"):
+        demonstration.main(("plan", trace, "--batch-size", "7"))
+    with pytest.raises(SystemExit, match="items is 0; expected an integer of at least 1"):
+        demonstration.main(("plan", trace, "--items", "0"))
+    for wrong in (__file__, str(tmp_path / "none")):
+        with pytest.raises(SystemExit, match=r"is no trace that this release has saved|No such file"):
+            demonstration.main(("plan", wrong))
+    assert capsys.readouterr().err == ""

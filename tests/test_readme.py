@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import opentelemetry.metrics
+import opentelemetry.trace
 import pytest
 from common import until
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from twostage import Journal
+from twostage import Journal, run_two_stage
 from twostage._embedded_answers import orders_of, result_of, token_of
 from twostage._embedded_api import EmbeddedApi
 
@@ -80,7 +88,50 @@ def check_script(source: str, said: list[str], folder: Path) -> None:
 
 
 def test_every_block_is_found() -> None:
-    assert len(BLOCKS) == TEXT.count("```python") == 17
+    assert len(BLOCKS) == TEXT.count("```python") == 22
+
+
+def test_telemetry_reaches_the_real_sdk(api: EmbeddedApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, counts = InMemorySpanExporter(), InMemoryMetricReader()
+    tracing, metering = TracerProvider(), MeterProvider([counts])
+    tracing.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(opentelemetry.trace, "get_tracer", tracing.get_tracer)
+    monkeypatch.setattr(opentelemetry.metrics, "get_meter", metering.get_meter)
+    (block,) = (block for block in BLOCKS if "class Telemetry" in block)
+    assert (
+        len([line for line in block[block.index("class") : block.index("\n\n\nrun")].splitlines() if line])
+        <= 20
+    )
+    before = time.time_ns()
+
+    def fetch_result(token: str) -> str:
+        if token == "token 3":  # noqa: S105 - none
+            raise LookupError
+        return token
+
+    names: dict[str, Any] = {
+        "run_two_stage": lambda items, *stages, **settings: run_two_stage(
+            range(10), *stages, **{**settings, "return_exceptions": True}
+        ),
+        "fetch_tokens": lambda items: [f"token {item}" for item in items],
+        "fetch_result": fetch_result,
+    }
+    exec(block, names)  # noqa: S102 - it is ours
+    attempts = [span for span in spans.get_finished_spans() if span.name == "attempt"]
+    (job,) = (span for span in spans.get_finished_spans() if span.name == "job")
+    assert len(attempts) == 11
+    assert job.context is not None
+    for span in attempts:
+        assert span.parent is not None
+        assert span.parent.span_id == job.context.span_id
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert before - 10**7 <= span.start_time <= span.end_time <= time.time_ns() + 10**7
+    data = counts.get_metrics_data()
+    assert data is not None
+    points: Any = data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points
+    counted = {(point.attributes["stage"], point.attributes["ending"]): point.value for point in points}
+    assert counted == {(1, "answer"): 1, (2, "answer"): 9, (2, "LookupError"): 1}
 
 
 def test_job_that_is_killed_goes_on(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import statistics
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ LARGE = 2_000  # items of a run, at most: beyond them it goes on as in the middl
 LEAST_ALIKE = 10  # attempts of a size, of which alone is drawn then
 LEAST_OF_A_SIZE = 3  # of two sizes at least, to tell how the latency depends on it
 HOPELESS = 0.9  # share of the attempts that are tried again
+OFF = 0.03  # by which share the model is off in itself, over real sockets: tests/benchmarks/foresight.py
 UNLIKE = 1.5  # times as long as in virtual time: then something else than the API took the time
 
 
@@ -118,7 +121,8 @@ def what_if(trace: Trace, *, items: int | None = None, **changes: Any) -> Foresi
     runs = [job.run(after, items, seed) for seed in range(RUNS)]
     seconds, calls = sorted(run.seconds for run in runs), sorted(run.calls for run in runs)
     low, middle, high = RUNS // 10, RUNS // 2, RUNS - 1 - RUNS // 10
-    return Foresight(seconds[middle], (seconds[low], seconds[high]), calls[middle], (calls[low], calls[high]))
+    band = (1 - OFF) * seconds[low], (1 + OFF) * seconds[high]
+    return Foresight(seconds[middle], band, calls[middle], (calls[low], calls[high]))
 
 
 def _changed(stages: tuple[StageSettings, StageSettings], changes: Changes) -> tuple[StageSettings, ...]:
@@ -206,11 +210,13 @@ class _Draws:
     Args:
         recorded: What is drawn from: a sample of what was recorded.
         many: Whether it gives lists of tokens.
+        speed: What latencies are multiplied by.
     """
 
-    def __init__(self, recorded: Sequence[Recorded], *, many: bool) -> None:
+    def __init__(self, recorded: Sequence[Recorded], *, many: bool, speed: float) -> None:
         self.made = 0
         self._recorded = recorded
+        self._speed = speed
         self._many = many
         self._by_size: dict[int, list[Recorded]] = defaultdict(list)
         for one in recorded:
@@ -226,7 +232,7 @@ class _Draws:
         self.made += 1
         alike = self._by_size.get(size, ())
         one = rng.choice(alike if len(alike) >= LEAST_ALIKE else self._recorded)
-        sleep(one.latency * self._expected(size) / self._expected(one.size))
+        sleep(self._speed * one.latency * self._expected(size) / self._expected(one.size))
         if one.error[0]:
             raise _error(one)
         if self._many:
@@ -269,6 +275,20 @@ def _error(one: Recorded) -> DrawnError:
     return error
 
 
+def _doubt(latencies: Sequence[float]) -> float:
+    """Returns how much less sure a mean of few values is than samples of them say, as a share of it.
+
+    The mean of samples (the bootstrap) has (n - 1) / n of the variance that is estimated for the mean, and
+    Student's t, which knows that the variance is an estimate, (n - 1) / (n - 3) of it.
+    """
+    n, mean = len(latencies), statistics.fmean(latencies)
+    if n < 2 or not mean:  # noqa: PLR2004 - for a variance
+        return 0.5 if mean else 0.0
+    few = max(n, 4)
+    missing = (few - 1) / (few - 3) - (n - 1) / n
+    return math.sqrt(missing * statistics.variance(latencies) / n) / mean
+
+
 class _Run(NamedTuple):
     seconds: float
     calls: int
@@ -285,7 +305,11 @@ class _Job:
         """Runs it once, on a sample of what was recorded: that is as likely as what was."""
         rng = random.Random(seed)  # noqa: S311 - no secret
         first, second = (
-            _Draws(rng.choices(one, k=len(one)), many=self._many and not place)
+            _Draws(
+                rng.choices(one, k=len(one)),
+                many=self._many and not place,
+                speed=math.exp(rng.gauss(0.0, _doubt([each.latency for each in one]))),
+            )
             for place, one in enumerate(self._records)
         )
         large = min(items, max(LARGE, 10 * stages[0].workers * (stages[0].batch_size or 1)))
