@@ -1,8 +1,8 @@
 """Whether a trace foretells what other settings take, and a trial what a job takes: over real sockets.
 
-Each of 8 jobs runs against the demonstration's API with some settings, of which the trace foretells what others
-take; with those others; and several times with the first ones for 50 items, as trials of the job. One trial is
-chance: so small a sample of latencies that vary so much is right in 8 of 10 cases.
+Each of 8 jobs runs against the demonstration's API with some settings, of which the trace foretells what
+others take; with those others; and several times with the first ones for 50 items, as trials of the job. One
+trial is chance: a band is to be right in 8 of 10 cases.
 
     python tests/benchmarks/foresight.py
 """
@@ -77,9 +77,9 @@ def main() -> None:
         error = foresight.seconds / seconds - 1
         errors.append(abs(error))
         print(
-            f"{job.name:20} took {seconds:5.2f} s, foretold {foresight.seconds:5.2f} ({error:+.1%}); from trials",
-            end="",
+            f"{job.name:20} took {seconds:5.2f} s, foretold {foresight.seconds:5.2f} ({error:+.1%})", end=""
         )
+        print("; from trials", end="")
         for place in range(TRIALS):
             trial, _ = run(job, TRIAL, 3 * number + 1 + 100 * place, job.traced)
             planned = trial.foretell(ITEMS, **job.changes)
