@@ -283,8 +283,8 @@ def test_summary_is_a_table() -> None:
     assert table["calls"] == ["10", "40"]
     assert table["latency p50"] == ["2.00", "s", "1.00", "s"]
     assert "stage two failed 1 times with LookupError" in lines
-    assert lines[-3].startswith("40 items in ")
-    assert lines[-2].startswith("limit: ")
+    assert lines[-4].startswith("40 items in ")
+    assert lines[-3:-1] == ["", "limit: the API of stage two"]
 
 
 # --- the timeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from heapq import heappop, heappush
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from twostage.trace import Attempts
 
-__all__ = ["Steps", "area", "calls_running", "lanes", "sums", "tokens_waiting"]
+__all__ = ["Steps", "area", "calls_running", "covered", "lanes", "sums", "tokens_waiting"]
 
 Steps = list[tuple[float, int]]
 """From when on there were how many, in order."""
@@ -61,3 +62,12 @@ def area(steps: Sequence[tuple[float, int]], end: float) -> float:
     """Returns the area under steps, up to a time."""
     ends = [time for time, _ in steps[1:]] + [end]
     return sum(number * max(0.0, until - since) for (since, number), until in zip(steps, ends, strict=True))
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Returns how long at least one of several spans was."""
+    covered, end = 0.0, -math.inf
+    for since, until in sorted(spans):
+        covered += max(0.0, until - max(since, end))
+        end = max(end, until)
+    return covered

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from twostage.errors import STAGES
-from twostage.timeline import area, tokens_waiting
+from twostage.timeline import area, covered, tokens_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -162,22 +162,13 @@ def _stage(trace: Trace, stage: int, attempts: Attempts, seconds: float) -> Stag
         sum(waits) / len(waits) if waits else 0.0,
         busy / (workers * seconds) if seconds else 0.0,
         sum(attempts.answers) / seconds if seconds else 0.0,
-        _covered([(since, until) for since, until, _ in trace.pauses(stage)]),
+        covered([(since, until) for since, until, _ in trace.pauses(stage)]),
     )
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
     """Returns the smallest of the values that so great a share of them is not above."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
-
-
-def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Returns how long at least one of several spans was."""
-    covered, end = 0.0, -math.inf
-    for since, until in sorted(spans):
-        covered += max(0.0, until - max(since, end))
-        end = max(end, until)
-    return covered
 
 
 def _limits(
