@@ -74,7 +74,7 @@ def timed(seconds: float, fails: Callable[[Any], bool] = lambda _: False) -> Cal
 def test_job_is_told_from_its_beginning_to_its_end(virtual: VirtualTime, job: Run) -> None:
     witness = Witness()
     before = time.time()
-    job("abc", timed(1), timed(2), observer=witness, token_workers=3, result_workers=1)
+    job([*"abc"], timed(1), timed(2), observer=witness, token_workers=3, result_workers=1)
     kinds = [type(event) for event in witness.heard]
     assert kinds[0] is JobBegan
     assert kinds[-1] is JobEnded
@@ -312,6 +312,26 @@ def test_observer_that_raises_is_left_out_and_harms_nothing(
     assert "the observer Mine has raised LookupError at " in warning.getMessage()
     assert f"{__file__}:" in warning.getMessage()
     assert "secret" not in caplog.text
+
+
+def test_observer_whose_method_is_a_static_one_is_left_out_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    class Static(Observer):
+        @staticmethod
+        def attempt_ended(attempt: Attempt) -> None:
+            raise LookupError
+
+    assert run("ab", str, str, observer=Static()) == ["a", "b"]
+    assert len([record for record in caplog.records if "is left out" in record.getMessage()]) == 1
+
+
+def test_length_is_not_asked_for_nothing() -> None:
+    class Query(list[int]):
+        def __len__(self) -> int:
+            raise AssertionError
+
+    witness = Witness()
+    assert len(run(Query([1, 2]), str, str, observer=witness)) == 2
+    assert witness.of(JobBegan)[0].total is None
 
 
 def test_exception_that_is_none_ends_the_job_from_an_observer_too() -> None:

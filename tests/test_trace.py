@@ -362,6 +362,25 @@ def test_trace_comes_back_from_its_file(tmp_path: Path) -> None:
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+def test_outage_comes_back_too(tmp_path: Path) -> None:
+    """How long it is going to be is not known as it begins."""
+
+    def fetch_result(token: int) -> int:
+        sleep(0.1)
+        if 1 < virtual.now < 30:
+            raise ConnectionError
+        return token
+
+    trace = Trace()
+    with VirtualTime() as virtual:
+        run(range(500), str, fetch_result, result_workers=8, trace=trace)
+    assert [held.why for held in trace.holds] == ["down", "up"]
+    trace.save(tmp_path / "trace.json")
+    text = (tmp_path / "trace.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert Trace.load(tmp_path / "trace.json").holds == trace.holds
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "twostage trace 0"}', "secret"])
 def test_file_that_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
     (file := tmp_path / "trace.json").write_text(text)

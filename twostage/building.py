@@ -250,10 +250,11 @@ def build_async(
 def _listeners(items: object, watching: Watching) -> Listeners:
     """Checks who is to hear of what happens."""
     progress, total, trace, observer = watching
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    elif total:
+    if total:
         total = positive_int(total, "total")
+    elif total is None and (progress is not False or type(items) in (list, tuple, range)):
+        # What may be slow, as a query's, is not asked for nothing.
+        total = len(items) if isinstance(items, Sized) else None
     if trace is not None and not isinstance(trace, Observer):
         raise TypeError(f"trace is {brief(trace)}; expected a Trace, or None")
     given: list[Any] = [] if observer is None else [observer]

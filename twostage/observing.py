@@ -85,7 +85,7 @@ class Attempt(NamedTuple):
         stage: 1 or 2.
         item_index: Of the item, the first one's if it is a batch.
         size: How many items, or tokens at stage two, it took.
-        number: Which attempt of its call it was, from 1.
+        number: Which attempt of its call it was, from 1; one that ended with `Throttled` does not count.
         handed_over: When it was given to the stage's workers.
         began: When one of them began.
         ended: When it ended; if it ran in another process, when the job heard of that.
@@ -270,9 +270,10 @@ class Listeners:
             try:
                 hear(event)
             except Exception as error:  # noqa: BLE001 - no observer's failure is the job's
-                self._leave_out(hear.__self__, error)  # type: ignore[attr-defined] # a bound method
+                self._leave_out(hear, error)
 
-    def _leave_out(self, observer: Observer, error: Exception) -> None:
+    def _leave_out(self, hear: Callable[[Any], None], error: Exception) -> None:
+        observer = next(one for one in self._observers if any(getattr(one, name) == hear for name in EVENTS))
         self._set([one for one in self._observers if one is not observer])
         where = traceback.extract_tb(error.__traceback__)[-1]
         log.warning(  # not its text, which may show a result
@@ -309,7 +310,7 @@ class Listeners:
             try:
                 hear(attempt)
             except Exception as raised:  # noqa: BLE001 - as there
-                self._leave_out(hear.__self__, raised)  # type: ignore[attr-defined] # as there
+                self._leave_out(hear, raised)
 
     def look(self, now: float, progress: Callable[[], Progress], *, goes_on: bool) -> None:
         """Tells how far the job is, if that is due.

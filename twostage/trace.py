@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from array import array
 from itertools import compress
@@ -334,7 +335,10 @@ class Trace(Observer):
                 "end": end._asdict(),
                 "max_attempts": self.max_attempts,
                 "left_out": self.left_out,
-                "holds": [held._asdict() for held in self.holds],
+                "holds": [
+                    {**held._asdict(), "until": None if held.until == math.inf else held.until}
+                    for held in self.holds
+                ],
                 "endings": self.endings,
                 "attempts": {name: list(column) for name, column in self._attempts.items()},
             },
@@ -360,7 +364,10 @@ class Trace(Observer):
         trace.job = JobBegan(**{**job, "stages": tuple(map(settings_of, job["stages"]))})
         trace.end = JobEnded(**saved["end"])
         trace.left_out = saved["left_out"]
-        trace.holds = [HeldBack(**held) for held in saved["holds"]]
+        for held in saved["holds"]:
+            trace.holds.append(
+                HeldBack(**{**held, "until": math.inf if held["until"] is None else held["until"]})
+            )
         trace.endings = [Ending(*ending) for ending in saved["endings"]]
         trace._attempts = {name: array(ATTEMPTS[name], saved["attempts"][name]) for name in ATTEMPTS}
         return trace
@@ -385,4 +392,4 @@ def _write(path: str | os.PathLike[str], what: object) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - of a descriptor
         os.chmod(path, 0o600)  # noqa: PTH101 - it may have been there
-        json.dump(what, file, allow_nan=True)
+        json.dump(what, file, allow_nan=False)
