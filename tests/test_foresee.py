@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import run
+from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import Rate, Stage, Throttled, Trace, foresee, iter_two_stage
@@ -144,8 +145,7 @@ def test_failures_are_as_they_were() -> None:
     """Some last, some are told to slow down, some pass; and an answer can have failures in it."""
     trace = Trace()
     draws = random.Random(1)
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "1"}  # type: ignore[attr-defined] # as clients have it
+    refused = asking(1)
 
     def fetch_tokens(items: list[int]) -> list[Any]:
         sleep(1)

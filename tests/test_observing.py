@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import each_way, run
+from pacing import asking
 from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import (
@@ -167,9 +168,7 @@ def test_refused_result_is_a_retry_without_an_error(virtual: VirtualTime) -> Non
 
 def test_pauses_are_told_with_their_reason(virtual: VirtualTime) -> None:
     witness = Witness()
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "12"}  # type: ignore[attr-defined] # as clients have it
-    raised: list[Exception] = [refused, Throttled(7)]
+    raised: list[Exception] = [asking(12), Throttled(7)]
 
     def fetch_result(token: str) -> str:
         if raised:
@@ -379,8 +378,7 @@ def test_log_has_the_ends_of_a_job_and_each_retry(
     virtual: VirtualTime, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "twostage")
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "12"}  # type: ignore[attr-defined] # as clients have it
+    refused = asking(12)
     raised: list[Exception] = [ApiError(503), refused]
 
     def fetch_result(token: str) -> str:
@@ -401,7 +399,7 @@ def test_log_has_the_ends_of_a_job_and_each_retry(
         ("WARNING", "stage two: paused for 12.0 s, as the API asks"),
         (
             "INFO",
-            "stage two, 'an item': attempt 2 failed with ApiError, status 429; the next one in 2.00 s",
+            "stage two, 'an item': attempt 2 failed with AnsweredError, status 429; the next one in 2.00 s",
         ),
         ("INFO", "the job has ended after 17.0 s: 1 items done, 0 of them failed"),
     ]
@@ -451,9 +449,7 @@ def test_progress_counts_what_is_where(virtual: VirtualTime) -> None:
 
 
 def test_progress_says_why_it_stands_still(virtual: VirtualTime) -> None:
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "12"}  # type: ignore[attr-defined] # as clients have it
-    raised: list[Exception] = [refused]
+    raised: list[Exception] = [asking(12)]
 
     def fetch_result(token: str) -> str:
         sleep(1)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import each_way, iterate, run
+from pacing import asking
 
 from twostage import Progress
 from twostage.progress import postfix
-from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
+from twostage.testing import SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from common import Run
@@ -32,9 +33,7 @@ def test_bar_is_shown_to_its_end(job: Run, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_bar_says_what_is_where(virtual: VirtualTime, capsys: pytest.CaptureFixture[str]) -> None:
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "12"}  # type: ignore[attr-defined] # as clients have it
-    raised: list[Exception] = [refused]
+    raised: list[Exception] = [asking(12)]
 
     def fetch_result(token: str) -> str:
         sleep(1)

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 from common import each_way, run
+from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import Journal, Stage, Trace
@@ -40,8 +41,7 @@ def timed(seconds: float) -> Callable[[Any], Any]:
 def traced(items: Any = range(40), **settings: Any) -> Trace:  # noqa: ANN401 - any job
     """Runs a job with failures, retries and a pause: 10 batches of 4 at 2 s, results at 1 s."""
     trace = Trace()
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "5"}  # type: ignore[attr-defined] # as clients have it
+    refused = asking(5)
     raised: dict[int, Exception] = {7: ApiError(UNAVAILABLE), 21: refused, 30: LookupError("a secret")}
 
     def fetch_result(token: int) -> int:
@@ -93,7 +93,7 @@ def test_failures_waits_and_pauses_are_recorded() -> None:
     failed = [row for row in zip(*columns.values(), strict=True) if row[-1]]
     assert sorted((row[1], row[-1]) for row in failed) == [
         (7, "ApiError 503"),
-        (21, "ApiError 429"),
+        (21, "AnsweredError 429"),
         (30, "LookupError"),
     ]
     assert [until - since for since, until in trace.retries(2)] == [3, 3]
@@ -182,7 +182,7 @@ def test_summary_has_the_figures_of_both_stages() -> None:
     first, second = trace.summary().stages
     assert first[:6] == (1, 2, 10, 10, 0, {})
     assert (first.p50, first.p99, first.longest) == (2, 2, 2)
-    assert second[:6] == (2, 4, 40, 42, 2, {"ApiError 503": 1, "ApiError 429": 1, "LookupError": 1})
+    assert second[:6] == (2, 4, 40, 42, 2, {"ApiError 503": 1, "AnsweredError 429": 1, "LookupError": 1})
     assert second.utilisation == pytest.approx(42 / 4 / trace.seconds)
     assert second.throughput == pytest.approx(39 / trace.seconds)
     assert second.held_back == 5
@@ -232,9 +232,7 @@ def test_advice_knows_of_rates() -> None:
 
 
 def test_advice_knows_of_pauses_and_outages(virtual: VirtualTime) -> None:
-    refused = ApiError(429)
-    refused.headers = {"Retry-After": "60"}  # type: ignore[attr-defined] # as clients have it
-    raised: list[Exception] = [refused]
+    raised: list[Exception] = [asking(60)]
 
     def fetch_result(token: int) -> int:
         sleep(1)
@@ -402,7 +400,7 @@ def test_perfetto_gets_an_event_for_each_attempt_and_others_for_waits_and_pauses
     assert max(event["tid"] for event in complete if event["pid"] == 2) == 4
     assert [event["args"]["ending"] for event in complete if "ending" in event["args"]] == [
         "ApiError 503",
-        "ApiError 429",
+        "AnsweredError 429",
         "LookupError",
     ]
     begun = {(event["id"], event["name"]): event["ts"] for event in events if event["ph"] == "b"}
