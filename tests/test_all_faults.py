@@ -148,8 +148,15 @@ def assert_calls_no_more_than_needed(
     assert api.attempts["orders" if many else "tokens"] < NUMBER / 2  # in batches, for all that befell them
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["one token", "many"])
-@pytest.mark.parametrize("form", [listed, streamed])
+@pytest.mark.parametrize(
+    ("form", "many"),
+    [
+        (listed, True),
+        (streamed, False),
+        pytest.param(listed, False, marks=pytest.mark.slow),
+        pytest.param(streamed, True, marks=pytest.mark.slow),
+    ],
+)
 def test_job_goes_through_all_faults(form: Callable[..., list[Any]], *, many: bool) -> None:
     assert list(FAULTS) == list(answers.FAULTS)
     with (

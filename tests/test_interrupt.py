@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 VISITS: Final = 2  # of a line: it may be reached in several states
+SHARES: Final = 3  # of the lines, of which a job is interrupted at one: the jobs have most lines in common
 HALF: Final = ("twostage.run", "twostage.building", "twostage.outcomes", "twostage.driver")
 
 
@@ -205,7 +206,7 @@ JOBS: Final = [
 # Under it the job is still going on; where it is not above, the job is being built or closed, or has ended.
 GOING_ON: Final = "Job.advance"
 
-# Where an interrupt must at least have been tried: else the tracing does not see what it should.
+# Where an interrupt must at least be tried by the jobs together: else the tracing does not see what it should.
 SURE: Final = {
     "Job.__init__",
     "Job.advance",
@@ -261,22 +262,31 @@ def interrupt(job: Job, target: Place | None) -> Interrupter:
 
 
 @pytest.mark.usefixtures("_quick")
-@pytest.mark.parametrize("job", JOBS)
-def test_interrupt_at_any_line_of_the_caller_s_half_ends_the_job(job: Job) -> None:
-    hit = interrupt_everywhere(lambda target: interrupt(job, target))
+@pytest.mark.parametrize(
+    ("job", "share"),
+    [(job, number % SHARES) for number, job in enumerate(JOBS)]
+    + [pytest.param(job, None, marks=pytest.mark.slow) for job in JOBS],
+)
+def test_interrupt_at_any_line_of_the_caller_s_half_ends_the_job(job: Job, share: int | None) -> None:
+    hit = interrupt_everywhere(lambda target: interrupt(job, target), share=share)
     assert hit >= SURE
     assert ("run_two_stage" in hit) != ("Outcomes.__next__" in hit)
 
 
-def interrupt_everywhere(interrupt: Callable[[Place | None], Interrupter], function: str = "") -> set[str]:
-    """Interrupts at each line, or at those of one function, and returns the functions that were."""
+def interrupt_everywhere(
+    interrupt: Callable[[Place | None], Interrupter], function: str = "", share: int | None = None
+) -> set[str]:
+    """Interrupts at each line, or at a share or a function's, and returns the functions that were come to."""
     tried: set[Place] = set()
     hit: set[str] = set()
     to_try = interrupt(None).seen
     while to_try:
         target = to_try.pop()
-        if target.visit <= VISITS and target not in tried and target.function.startswith(function):
-            tried.add(target)
+        if target.visit > VISITS or target in tried or not target.function.startswith(function):
+            continue
+        tried.add(target)
+        hit.add(target.function)
+        if share is None or (target.line + target.visit) % SHARES == share:
             interrupter = interrupt(target)
             to_try += interrupter.seen  # threads take turns in more than one way
             hit |= interrupter.within

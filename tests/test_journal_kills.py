@@ -212,7 +212,7 @@ def test_journal_whose_writes_fail_by_chance_loses_nothing(  # noqa: C901 - the 
 
     monkeypatch.setattr(JournalFile, "_connect", lambda file: Failing(file))  # noqa: PLW0108 - a class is no method
     failed = 0
-    for seed in range(40):
+    for seed in range(15):
         path = tmp_path / f"journal {seed}"
         items: Counter[int] = Counter()
         tokens: Counter[str] = Counter()
@@ -265,4 +265,4 @@ def test_journal_whose_writes_fail_by_chance_loses_nothing(  # noqa: C901 - the 
             if not many or not token:
                 right[item, 0 if many else None] = [] if many else token.upper()
         assert {(record.item, record.place): record.result for record in records} == right
-    assert failed > 40
+    assert failed > 15
