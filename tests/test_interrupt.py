@@ -206,7 +206,7 @@ JOBS: Final = [
 # Under it the job is still going on; where it is not above, the job is being built or closed, or has ended.
 GOING_ON: Final = "Job.advance"
 
-# Where an interrupt must at least be tried by the jobs together: else the tracing does not see what it should.
+# Where interrupts must at least be tried by the jobs together: else the tracing sees too little.
 SURE: Final = {
     "Job.__init__",
     "Job.advance",
@@ -276,7 +276,7 @@ def test_interrupt_at_any_line_of_the_caller_s_half_ends_the_job(job: Job, share
 def interrupt_everywhere(
     interrupt: Callable[[Place | None], Interrupter], function: str = "", share: int | None = None
 ) -> set[str]:
-    """Interrupts at each line, or at a share or a function's, and returns the functions that were come to."""
+    """Interrupts at each line, or at some, and returns the functions that were come to."""
     tried: set[Place] = set()
     hit: set[str] = set()
     to_try = interrupt(None).seen

@@ -129,7 +129,7 @@ def test_nothing_is_handed_over_before_it_is_committed(path: Path, monkeypatch: 
     commit = recorder_module.Recorder.commit
 
     def note(self: recorder_module.Recorder) -> None:
-        keys = [row[0] for row in self._results]
+        keys = [row[0] for row in self._rows.results]
         commit(self)
         committed.update(keys)
 
@@ -145,7 +145,7 @@ def test_one_commit_for_all_events_of_a_wake_up(path: Path, monkeypatch: pytest.
 
     def note(self: recorder_module.Recorder) -> None:
         nonlocal commits
-        commits += bool(self._results or self._tokens)
+        commits += bool(self._rows.results or self._rows.tokens)
         commit(self)
 
     monkeypatch.setattr(recorder_module.Recorder, "commit", note)

@@ -22,6 +22,7 @@ from twostage.journal import Journal
 from twostage.observing import Observer, Progress
 from twostage.outcomes import AsyncOutcomes, Outcomes
 from twostage.run import iter_two_stage, run_two_stage
+from twostage.sharded import iter_sharded, run_sharded
 from twostage.stage import Stage
 from twostage.throttling import Throttled, wait_retry_after
 from twostage.trace import Trace
@@ -50,7 +51,9 @@ __all__ = [
     "aiter_two_stage",
     "arun_two_stage",
     "is_transient",
+    "iter_sharded",
     "iter_two_stage",
+    "run_sharded",
     "run_two_stage",
     "wait_retry_after",
 ]

@@ -218,16 +218,32 @@ def build(
     items_options: ItemsOptions,
     run_options: RunOptions,
     results: list[Any] | None = None,
+    *,
+    listeners: Listeners | None = None,
+    recorder: Recorder | None = None,
 ) -> Job:
-    """Checks what is left to check, and builds a job of which nothing runs yet."""
+    """Checks what is left to check, and builds a job of which nothing runs yet.
+
+    Args:
+        items: The source.
+        first: Stage one.
+        second: Stage two.
+        items_options: What was said of the items.
+        run_options: What was said of the run.
+        results: The list to put results in; `None` for a stream.
+        listeners: Who hears of what happens, instead of those that were asked for.
+        recorder: Keeps what the calls give, instead of a journal.
+    """
     driver = world.get()()
-    listeners = _listeners(items, run_options.watching)
-    coordinator = _coordinator(driver, first, second, items_options, run_options, listeners, results)
-    source = Source(items, _key(items, items_options))
+    listeners = listeners or listeners_for(items, run_options.watching)
+    coordinator = _coordinator(
+        driver, first, second, items_options, run_options, listeners, results, recorder=recorder
+    )
+    source = Source(items, key_for(items, items_options))
     source.open()
     if run_options.linger is not None:
         coordinator.reader = driver.reader(source, coordinator.item_read)
-    return Job(source, coordinator, driver, _begins(first, second, coordinator))
+    return Job(source, coordinator, driver, beginning(first, second, coordinator))
 
 
 def build_async(
@@ -240,14 +256,14 @@ def build_async(
 ) -> AsyncJob:
     """The same for a consumer on an event loop."""
     driver = LoopDriver() if world.get() is ThreadDriver else cast("AsyncDriver", world.get()())
-    listeners = _listeners(items, run_options.watching)
+    listeners = listeners_for(items, run_options.watching)
     coordinator = _coordinator(driver, first, second, items_options, run_options, listeners, results)
-    source = _source(items, _key(items, items_options))
+    source = _source(items, key_for(items, items_options))
     coordinator.reader = driver.reader(source, coordinator.item_read)
-    return AsyncJob(source, coordinator, driver, _begins(first, second, coordinator))
+    return AsyncJob(source, coordinator, driver, beginning(first, second, coordinator))
 
 
-def _listeners(items: object, watching: Watching) -> Listeners:
+def listeners_for(items: object, watching: Watching) -> Listeners:
     """Checks who is to hear of what happens."""
     progress, total, trace, observer = watching
     if total:
@@ -267,7 +283,7 @@ def _listeners(items: object, watching: Watching) -> Listeners:
     return Listeners([*(one for one in own if one is not None), *given], total=total)
 
 
-def _begins(first: Settings, second: Settings, coordinator: Coordinator) -> Begins:
+def beginning(first: Settings, second: Settings, coordinator: Coordinator) -> Begins:
     """Returns what makes the first event of a job."""
 
     def begins(clock: float) -> JobBegan:
@@ -294,7 +310,8 @@ def _told(settings: Settings) -> StageSettings:
     )
 
 
-def _key(items: object, options: ItemsOptions) -> Key:
+def key_for(items: object, options: ItemsOptions) -> Key:
+    """Returns the items' key, a journal's if there is one; bad items of a list are seen now."""
     if options.journal is None:
         return options.key
     if options.key is None and isinstance(items, list | tuple):  # of others it is seen as they come
@@ -319,6 +336,8 @@ def _coordinator(
     run_options: RunOptions,
     listeners: Listeners,
     results: list[Any] | None,
+    *,
+    recorder: Recorder | None = None,
 ) -> Coordinator:
     """Checks what is left to check, and puts the parts together."""
     key, refresh_token_on, max_refreshes, window, journal = items_options
@@ -337,7 +356,7 @@ def _coordinator(
         check_function(key, "key")
     timeout = math.inf if run_options.timeout is None else positive_seconds(run_options.timeout, "timeout")
     linger = math.inf if run_options.linger is None else positive_seconds(run_options.linger, "linger")
-    failure_limit = _failure_limit(run_options, many=first.many)
+    failure_limit = failure_limit_of(run_options, many=first.many)
     if not (repeats(first.retry) and repeats(second.retry)):
         refreshes = None  # either stage's calls must not be made twice for an item
     token_argument = _item if first.batch_size is None else _items
@@ -353,6 +372,9 @@ def _coordinator(
     )
     token_line.pace.partner, result_line.pace.partner = result_line.pace, token_line.pace
     twins = None if key is None and journal is None else Twins()
+    if journal is not None and twins is not None:
+        journal = journal_of(journal)
+        recorder = recorder_for(journal, identity_of(journal, first, second), twins)
     handing = HandOver(
         results=results,
         whole=failure_limit is not None,
@@ -377,7 +399,7 @@ def _coordinator(
         timeout=timeout,
         too_many=None if failure_limit is None else failure_limit.passed,
         linger=linger,
-        recorder=None if journal is None or twins is None else _recorder(journal, first, second, twins),
+        recorder=recorder,
     )
     results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
     token_line.runner = driver.runner(
@@ -395,13 +417,21 @@ def _coordinator(
     return coordinator
 
 
-def _recorder(journal: JournalLike, first: Settings, second: Settings, twins: Twins) -> Recorder:
+def journal_of(journal: JournalLike) -> Journal:
+    """Returns the journal that was given, if only as its path."""
+    return journal if isinstance(journal, Journal) else Journal(journal)
+
+
+def identity_of(journal: Journal, first: Settings, second: Settings) -> Identity:
+    """Returns whose answers a job's journal holds."""
+    job = journal.job or f"{_name_of(first.stage.fetch)}, {_name_of(second.stage.fetch)}"
+    return Identity(job, journal.version_text, int(first.many), int(journal.encode is not None))
+
+
+def recorder_for(journal: Journal, identity: Identity, twins: Twins) -> Recorder:
+    """Returns what keeps a job's answers in its journal."""
     from twostage.recorder import Recorder  # noqa: PLC0415 - for some Pythons, SQLite is an extra
 
-    if not isinstance(journal, Journal):
-        journal = Journal(journal)
-    job = journal.job or f"{_name_of(first.stage.fetch)}, {_name_of(second.stage.fetch)}"
-    identity = Identity(job, journal.version_text, int(first.many), int(journal.encode is not None))
     return Recorder(journal, identity, twins.keys)
 
 
@@ -411,7 +441,8 @@ def _name_of(function: object) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _failure_limit(options: RunOptions, *, many: bool) -> FailureLimit | None:
+def failure_limit_of(options: RunOptions, *, many: bool) -> FailureLimit | None:
+    """Returns what ends the job if too many items fail, if that was asked for."""
     most: object = options.max_failures
     if most is None:
         return None
@@ -475,12 +506,22 @@ def _executor(settings: Settings, other: Stage[Any, Any], driver: Driver) -> Exe
     shared = stage.executor is None and stage.awaits and other.awaits
     executor = other.executor if shared else stage.executor
     awaited = isinstance(driver, LoopDriver) and stage.awaits  # an attempt that waits holds no worker then
-    if executor is not None and not awaited and any(executor is one for one in _running_on.get()):
-        raise RuntimeError(
-            f"the executor of {settings.name}'s Stage runs the attempt that starts this job, which could "
-            "then wait for itself for ever; expected another executor"
-        )
+    if executor is not None and not awaited:
+        check_not_held(executor, f"the executor of {settings.name}'s Stage")
     return executor
+
+
+def check_not_held(executor: Executor, name: str) -> None:
+    """Checks that the attempt that we may be called in holds none of an executor's workers.
+
+    Raises:
+        RuntimeError: It does.
+    """
+    if any(executor is one for one in _running_on.get()):
+        raise RuntimeError(
+            f"{name} runs the attempt that starts this job, which could then wait for itself for ever; "
+            "expected another executor"
+        )
 
 
 def _work(
@@ -497,7 +538,7 @@ def _work(
         argument,
         ended,
         settings.workers,
-        _variables(executor),
+        variables_for(executor),
         executor,
         stage.attempt_timeout,
         rated=bool(rates_of(stage.rate, "rate")),
@@ -507,7 +548,7 @@ def _work(
     )
 
 
-def _variables(executor: Executor | None) -> Context:
+def variables_for(executor: Executor | None) -> Context:
     """Returns the context variables of a stage's attempts: the caller's, and where they run."""
     variables = copy_context()
     if executor is not None:

@@ -33,11 +33,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
 
-__all__ = ["check_pickling", "pickles_by_value", "received", "sent", "start_processes"]
+__all__ = [
+    "check_pickling",
+    "is_dask",
+    "name_of",
+    "pickles_by_value",
+    "received",
+    "sent",
+    "start_processes",
+    "why_not",
+]
 
 # By package and name along the MRO, so that neither multiprocessing nor loky is imported for it.
 STANDARD_POOL = ("concurrent", "ProcessPoolExecutor")
 LOKY_POOLS = {("loky", "ProcessPoolExecutor"), ("joblib", "ProcessPoolExecutor")}
+DASK = ("distributed", "ClientExecutor")
+MPI = ("mpi4py", "MPIPoolExecutor")
 
 CLOUDPICKLES = ("cloudpickle", "joblib.externals.cloudpickle")
 
@@ -59,18 +70,29 @@ def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
     Raises:
         TypeError: It can't.
     """
-    kinds = _kinds(executor)
-    if STANDARD_POOL not in kinds and not LOKY_POOLS & kinds:
-        return
-    by_value = pickles_by_value(executor)
-    try:
-        _dumps(fetch, by_value=by_value)
-    except Exception as error:
-        what = "one that" if by_value else "one of a module's top level, that"
+    error = why_not(fetch, executor)
+    if error is not None:
+        what = "one that" if pickles_by_value(executor) else "one of a module's top level, that"
         raise TypeError(
-            f"fetch is {_name(fetch)}, which can't be pickled for the processes of its executor "
+            f"fetch is {name_of(fetch)}, which can't be pickled for the processes of its executor "
             f"({_text(error)}); expected {what} can be"
         ) from error
+
+
+def why_not(value: object, executor: Executor) -> Exception | None:
+    """Returns why a value can't be sent to an executor's processes, if it is known to have some."""
+    if not _kinds(executor) & {STANDARD_POOL, *LOKY_POOLS, DASK, MPI}:
+        return None
+    try:
+        _dumps(value, by_value=pickles_by_value(executor))
+    except Exception as error:  # noqa: BLE001 - anything of the user's can raise anything when it is pickled
+        return error
+    return None
+
+
+def is_dask(executor: Executor) -> bool:
+    """Whether an executor is Dask's, which says of calls that run, too, that it has cancelled them."""
+    return DASK in _kinds(executor)
 
 
 def start_processes(executor: Executor) -> None:
@@ -100,7 +122,7 @@ def start_processes(executor: Executor) -> None:
 def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value: bool) -> tuple[Any, ...]:
     """Returns what makes a call in another process, as `__reduce__` does."""
     left = time.time()
-    function = f"{stage}'s {_name(fetch)}"
+    function = f"{stage}'s {name_of(fetch)}"
     try:
         packed = _dumps(argument, by_value=by_value)
     except Exception as error:  # noqa: BLE001 - anything of the user's can raise anything when it is pickled
@@ -117,7 +139,7 @@ def received(stage: str, fetch: Callable[[Any], Any], answer: object) -> tuple[o
     try:
         return cast("tuple[object, BaseException | None]", pickle.loads(answer.data))  # noqa: S301 - as the pool does
     except Exception as error:  # noqa: BLE001 - as above
-        function = f"{stage}'s {_name(fetch)}"
+        function = f"{stage}'s {name_of(fetch)}"
         return None, TypeError(f"{function} returned what can't be unpickled: {_text(error)}")
 
 
@@ -250,7 +272,7 @@ def _kinds(executor: object) -> set[tuple[str, str]]:
     return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(executor).__mro__}
 
 
-def _name(fetch: object) -> str:
+def name_of(fetch: object) -> str:
     """Returns the function's name; no repr, as a partial's shows its arguments, keys among them."""
     while isinstance(fetch, partial):
         fetch = fetch.func

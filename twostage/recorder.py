@@ -55,6 +55,18 @@ FAILURE = """
 """
 
 
+class Rows(NamedTuple):
+    """What was heard of between two commits, as the values of each kind of statement, in their order."""
+
+    forgotten: list[tuple[str]]
+    tokens: list[tuple[Any, ...]]
+    results: list[tuple[Any, ...]]
+    failures: list[tuple[Any, ...]]
+
+
+STATEMENTS = (FORGET, TOKEN, RESULT, FAILURE)  # which take them
+
+
 class Found(NamedTuple):
     """What the journal knows of items.
 
@@ -95,10 +107,8 @@ class Recorder:
         self._partial: set[int] = set()  # indices of items of which a part is not recorded as an answer
         self._finished: list[int] = []  # those of items that the next commit completes
         # What the next commit will write.
-        self._forgotten: list[tuple[str]] = []
-        self._tokens: list[tuple[Any, ...]] = []
-        self._results: list[tuple[Any, ...]] = []
-        self._failures: list[tuple[Any, ...]] = []
+        self._rows = Rows([], [], [], [])
+        self._lots: list[Rows] = []  # what others have heard of
 
     def open(self) -> None:
         """Opens the file, which is made if there is none.
@@ -221,7 +231,7 @@ class Recorder:
     def _token(self, outcome: AnyOutcome) -> None:
         if not self._is_left_out(outcome):
             written = self._codec.write(outcome.token, "token", outcome.item)
-            self._tokens.append((self._keys[outcome.index], 0, None, written, time.time()))
+            self._rows.tokens.append((self._keys[outcome.index], 0, None, written, time.time()))
 
     def lists(self, outcomes: Iterable[AnyOutcome]) -> None:
         """Hears of the tokens of items that may have many; those of an older list count no more.
@@ -234,16 +244,18 @@ class Recorder:
     def _list(self, outcome: AnyOutcome) -> None:
         tokens: Sequence[object] = outcome.token or ()
         key, size, now = self._keys[outcome.index], len(tokens), time.time()
-        self._forgotten.append((key,))
+        self._rows.forgotten.append((key,))
         if self._is_left_out(outcome):
             self._partial.add(outcome.index)
         elif not tokens:
-            self._tokens.append((key, 0, 0, None, now))
+            self._rows.tokens.append((key, 0, 0, None, now))
         elif self._journal.tokens:
-            self._tokens += [
-                (key, place, size, self._codec.write(token, "token", outcome.item), now)
-                for place, token in enumerate(tokens)
-            ]
+            self._rows.tokens.extend(
+                [
+                    (key, place, size, self._codec.write(token, "token", outcome.item), now)
+                    for place, token in enumerate(tokens)
+                ]
+            )
 
     def results(self, results: Iterable[tuple[Member, object]]) -> None:
         """Hears of results of items, or of some of their tokens.
@@ -259,7 +271,9 @@ class Recorder:
         if self._is_left_out(member):
             self._partial.add(index)
         elif not (isinstance(member, ListedToken) and member.tokens.dropped):
-            self._results.append((key, place, size, self._codec.write(result, "result", item), time.time()))
+            self._rows.results.append(
+                (key, place, size, self._codec.write(result, "result", item), time.time())
+            )
 
     def failed(self, stage: int, members: Iterable[Member], error: Exception, *, may_pass: bool) -> None:
         """Hears of the failure of items, or of some of their tokens, at a stage.
@@ -277,9 +291,9 @@ class Recorder:
         for member in members:
             key, index, place, size, _ = self._place(member)
             self._partial.add(index)
-            self._failures.append((key, place, size, *what))
+            self._rows.failures.append((key, place, size, *what))
             if stage == 1 and self._many:
-                self._forgotten.append((key,))  # an older list, which was asked for anew
+                self._rows.forgotten.append((key,))  # an older list, which was asked for anew
 
     def finished(self, outcome: AnyOutcome) -> None:
         """Hears that an item is done."""
@@ -304,19 +318,31 @@ class Recorder:
             return self._keys[outcome.index], outcome.index, member.place, size, outcome.item
         return self._keys[member.index], member.index, 0, None, member.item
 
+    def take_rows(self) -> Rows | None:
+        """Returns what was heard of since the last time, if anything was."""
+        rows, self._rows = self._rows, Rows([], [], [], [])
+        return rows if any(rows) else None
+
+    def add(self, lots: Iterable[Rows], partial: Iterable[int]) -> None:
+        """Hears of what others have heard of, one lot after the other.
+
+        Args:
+            lots: It.
+            partial: The indices of items of which a part is not recorded as an answer.
+        """
+        self._lots.extend(lots)
+        self._partial.update(partial)
+
     def commit(self) -> None:
         """Writes what was heard of since the last time.
 
         Raises:
             JournalError: It can't be written. From then on nothing is.
         """
-        written = (
-            (FORGET, self._forgotten),
-            (TOKEN, self._tokens),
-            (RESULT, self._results),
-            (FAILURE, self._failures),
-        )
-        if not any(rows for _, rows in written):
+        lots, self._lots = self._lots, []
+        if (rows := self.take_rows()) is not None:
+            lots.append(rows)
+        if not lots:
             return
         if self._broken is not None:
             raise self._broken
@@ -325,10 +351,10 @@ class Recorder:
         try:
             with self._file.explained("written"):
                 connection.execute("BEGIN")
-                for statement, rows in written:
-                    if rows:
-                        connection.executemany(statement, rows)
-                        rows.clear()
+                for lot in lots:
+                    for statement, values in zip(STATEMENTS, lot, strict=True):
+                        if values:
+                            connection.executemany(statement, values)
                 connection.execute("COMMIT")
             self._file.check_in_place()
         except Exception as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import told
 from twostage.errors import AttemptTimeout
-from twostage.processes import pickles_by_value, received, sent, start_processes
+from twostage.processes import is_dask, pickles_by_value, received, sent, start_processes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -228,6 +228,9 @@ class ExecutorRunner(Runner):
             self._work.ended(call, None, error)
 
     def take_back(self) -> list[Call]:
+        return [] if is_dask(self._executor) else self._cancel()  # where running ones do not refuse
+
+    def _cancel(self) -> list[Call]:
         # One by one, since `shutdown(cancel_futures=True)` is not ours to call; running ones refuse.
         back = [call for call, future in self._futures.items() if future.cancel()]
         for call in back:
@@ -236,4 +239,4 @@ class ExecutorRunner(Runner):
         return back
 
     def stop(self) -> None:
-        self.take_back()
+        self._cancel()
