@@ -349,9 +349,12 @@ def test_rates_are_shared() -> None:
 
 def test_each_shard_has_its_share_of_a_rate(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr(
-        away, "submit", lambda call: sent.append(vars(call)["_work"]) or Away.submit(away, call)
-    )
+
+    def note(call: Callable[..., Any]) -> Future[Any]:
+        sent.append(vars(call)["_work"])
+        return Away.submit(away, call)
+
+    monkeypatch.setattr(away, "submit", note)
     stage = Stage(result, rate=400)
     run(range(80), str, stage, executor=away, shards=2, shard_size=40)
     assert [work.fetch.__self__.second.stage.rate for work in sent] == [200, 200]

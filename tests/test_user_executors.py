@@ -567,3 +567,24 @@ def test_call_that_the_executor_cancels_has_failed(job: Run, *, stage_one: bool)
     assert Counter(map(type, results)) == {str: 3, CancelledError: 2}
     with Cancelling() as pool:
         assert job(range(5), *on(pool, retry=ALWAYS)) == texts(range(5))
+
+
+def test_futures_are_let_go_when_they_have_ended() -> None:
+    """And not by the collector: Dask keeps an answer, and computes a lost one again, while there is one."""
+    futures: list[weakref.ref[Future[Any]]] = []
+
+    class Weak(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **named: Any) -> Future[Any]:  # noqa: ANN401 - any call
+            future = super().submit(fn, *args, **named)
+            futures.append(weakref.ref(future))
+            return future
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Weak(3) as pool:
+            assert run_two_stage(range(100), str, Stage(len, executor=pool, workers=3)) == [1] * 10 + [2] * 90
+            until(lambda: not any(future() for future in futures))
+    finally:
+        gc.enable()
+    assert len(futures) == 100

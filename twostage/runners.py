@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import AbstractAsyncContextManager
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import told
@@ -193,7 +194,8 @@ class ExecutorRunner(Runner):
         self._executor = executor
         self._completions = completions
         self._clock = clock
-        self._futures: dict[Call, Future[Any]] = {}
+        self._futures: dict[Call, tuple[int, Future[Any]]] = {}  # each with its number
+        self._number = count()
 
     def prepare(self) -> None:
         start_processes(self._executor)
@@ -204,14 +206,16 @@ class ExecutorRunner(Runner):
             call.began = -math.inf if self._work.rated else self._clock()
             attempt = _Attempt(self._work, call, self._clock)
             future = self._executor.submit(attempt)
-            self._futures[call] = future
+            number = next(self._number)
+            self._futures[call] = number, future
             self.out += 1
-            self._completions.add(future, (self._done, call, future, None))
+            # An event that held the future would be a cycle: Dask keeps an answer as long as there is one.
+            self._completions.add(future, (self._done, call, number, None))
 
-    def _done(self, call: Call, future: Future[Any], _error: BaseException | None) -> None:
-        if self._futures.get(call) is not future:
+    def _done(self, call: Call, number: int, _error: BaseException | None) -> None:
+        if call not in self._futures or self._futures[call][0] != number:
             return  # taken back; the call may have been started anew
-        del self._futures[call]
+        future = self._futures.pop(call)[1]
         self.out -= 1
         if call.began == -math.inf:  # it has failed before it began
             call.began = self._clock()
@@ -232,7 +236,7 @@ class ExecutorRunner(Runner):
 
     def _cancel(self) -> list[Call]:
         # One by one, since `shutdown(cancel_futures=True)` is not ours to call; running ones refuse.
-        back = [call for call, future in self._futures.items() if future.cancel()]
+        back = [call for call, (_, future) in self._futures.items() if future.cancel()]
         for call in back:
             del self._futures[call]
         self.out -= len(back)
