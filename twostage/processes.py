@@ -50,7 +50,7 @@ LOKY_POOLS = {("loky", "ProcessPoolExecutor"), ("joblib", "ProcessPoolExecutor")
 DASK = ("distributed", "ClientExecutor")
 MPI = ("mpi4py", "MPIPoolExecutor")
 
-CLOUDPICKLES = ("cloudpickle", "joblib.externals.cloudpickle")
+CLOUDPICKLES = ("cloudpickle", "joblib.externals.cloudpickle", "ray.cloudpickle")
 
 
 class Reply(NamedTuple):
