@@ -22,7 +22,9 @@ from twostage import (
     aiter_two_stage,
     arun_two_stage,
     is_transient,
+    iter_sharded,
     iter_two_stage,
+    run_sharded,
     run_two_stage,
 )
 
@@ -409,3 +411,23 @@ def wrong_hopes(ids: list[int], outcome: Outcome[int, Token, Report], stage: Sta
     print(outcome.result.words)  # type: ignore[attr-defined]
     fetch_report(outcome.token)  # type: ignore[arg-type] # None, if it failed in stage one
     stage.workers = 8  # type: ignore[misc] # frozen
+
+
+# --- shards
+
+
+def shards(ids: list[int], executor: Executor, *, flag: bool) -> None:
+    """The types are those of the two functions that run on one machine."""
+    assert_type(run_sharded(ids, fetch_token, fetch_report, executor=executor), list[Report])
+    assert_type(
+        run_sharded(
+            ids, fetch_tokens, fetch_report, batch_size=9, executor=executor, shards=2, return_exceptions=flag
+        ),
+        list[Report | Exception],
+    )
+    assert_type(
+        iter_sharded(ids, Stage(fetch_tokens, batch_size=9), fetch_report, executor=executor, ordered=True),
+        Outcomes[int, Token, Report],
+    )
+    run_sharded(ids, fetch_token, fetch_report)  # type: ignore[call-overload]
+    run_sharded(ids, fetch_tokens, fetch_report, executor=executor)  # type: ignore[arg-type]
