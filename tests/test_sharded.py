@@ -712,3 +712,24 @@ def test_both_functions_are_like_their_namesakes(away: Away) -> None:
     with iter_sharded(range(10), tokens, result, executor=away, **settings) as outcomes:
         found = [(one.index, one.item, one.token, one.result, one.token_attempts) for one in outcomes]
     assert found == expected
+
+
+def test_what_travels_shows_nothing_of_what_is_in_it(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    there = _there
+
+    def note(call: bytes) -> object:
+        answer: Any = there(call)
+        shown.extend(map(repr, (pickle.loads(call), answer, *pickle.loads(answer.data))))  # noqa: S301 - our own
+        shown.extend(map(repr, pickle.loads(answer.data)[0].ends))  # noqa: S301 - as above
+        return answer
+
+    monkeypatch.setattr(sys.modules[__name__], "_there", note)
+    keyed = partial(with_key, "s3cret")
+    run([1], keyed, result, executor=away)
+    assert len(shown) == 5
+    assert not [text for text in shown if "s3cret" in text or "token" in text.replace("fetch_token", "")]
+
+
+def with_key(_: str, item: int) -> str:
+    return f"token {item}"

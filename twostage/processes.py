@@ -58,6 +58,16 @@ class Reply(NamedTuple):
 
     data: bytes
 
+    def __repr__(self) -> str:
+        return "<Reply>"  # tokens and results can be read in it
+
+
+class Sent(partial[Reply]):
+    """What goes there: a function of ours, and its arguments, pickled."""
+
+    def __repr__(self) -> str:
+        return f"<Sent to {self.args[0]}>"  # keys can be read in the rest
+
 
 def pickles_by_value(executor: Executor) -> bool:
     """Whether an executor, if it pickles at all, may do so with functions and classes of no module."""
@@ -128,8 +138,8 @@ def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value:
     except Exception as error:  # noqa: BLE001 - anything of the user's can raise anything when it is pickled
         kind = type(_culprit(argument, by_value=by_value)).__name__
         text = f"{function} was to be given a {kind} that can't be pickled: {_text(error)}"
-        return partial, (_refuse, text, by_value)
-    return partial, (_attempt, function, by_value, left, _dumps(fetch, by_value=by_value), packed)
+        return Sent, (_refuse, text, by_value)
+    return Sent, (_attempt, function, by_value, left, _dumps(fetch, by_value=by_value), packed)
 
 
 def received(stage: str, fetch: Callable[[Any], Any], answer: object) -> tuple[object, BaseException | None]:

@@ -48,6 +48,9 @@ class End(NamedTuple):
     token_attempts: int
     attempts: int
 
+    def __repr__(self) -> str:
+        return "<End>"  # not what is in it
+
 
 class ShardAnswer(NamedTuple):
     """What a shard's job has given.
@@ -65,6 +68,9 @@ class ShardAnswer(NamedTuple):
     rows: list[Rows]
     partial: set[int]
     heard: Heard
+
+    def __repr__(self) -> str:
+        return f"<ShardAnswer of {len(self.ends)} items>"  # nor here
 
 
 class Shard(NamedTuple):
