@@ -495,7 +495,7 @@ class Latencies:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_virtual_time_is_the_same_for_coroutine_functions(settings: dict[str, Any], seed: int) -> None:
     """An API that takes 12 at once, is down for a while and fails at times: outages, retries, limits."""
 

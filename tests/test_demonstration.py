@@ -317,6 +317,7 @@ def extras_of(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, d
     return above, {row["way"].split(",")[0]: int(row["extra"].replace(",", "")) for row in rows}, below
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_hasty", "quick")
 def test_job_goes_through_all_faults_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     above, extras, below = extras_of(capsys, "--items", "200", "--batch-size", "20", "--faults", written(ALL))

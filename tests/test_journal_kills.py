@@ -140,7 +140,11 @@ def recorded(path: Path, *, many: bool) -> tuple[set[int], set[str]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("kills", "many"),
-    [(30, False), (10, True), pytest.param(200, False, marks=pytest.mark.slow)],
+    [
+        (30, False),
+        pytest.param(10, True, marks=pytest.mark.slow),
+        pytest.param(200, False, marks=pytest.mark.slow),
+    ],
     ids=["30 kills", "many tokens", "200 kills"],
 )
 def test_killed_job_goes_on_and_repeats_nothing(tmp_path: Path, api: Api, kills: int, *, many: bool) -> None:

@@ -109,7 +109,9 @@ def test_probes_of_an_outage_of_250_s_are_43_on_average() -> None:
     assert max(numbers) <= 48
 
 
-@pytest.mark.parametrize("share", [0.25, 0.3, 0.4])
+@pytest.mark.parametrize(
+    "share", [0.4, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.25, 0.3))]
+)
 @pytest.mark.parametrize("workers", [8, 32])
 def test_calls_that_fail_at_a_steady_share_are_no_outage(
     share: float, workers: int, monkeypatch: pytest.MonkeyPatch
