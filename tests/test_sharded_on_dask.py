@@ -9,7 +9,7 @@ import dask
 import pytest
 from away_on_dask import DEADLY, die, fail_at_0, fetch_result, fetch_results, fetch_tokens, same
 from common import ours, until
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, utils
 
 from twostage import Stage, iter_sharded, run_sharded
 from twostage._embedded_answers import result_of, token_of
@@ -47,6 +47,7 @@ def client() -> Iterator[Client]:
     ):
         yield client
         client.wait_for_workers(WORKERS, timeout=60)  # one that begins as its cluster closes can hang there
+    utils._offload_executor.shutdown()  # other tests count threads
 
 
 @pytest.fixture

@@ -386,7 +386,8 @@ def run_sharded(  # noqa: PLR0913 - a job's settings
         Exception: As from `run_two_stage`. Of an item that kills its worker, Dask's `KilledWorker`.
 
     >>> from concurrent.futures import ProcessPoolExecutor
-    >>> with ProcessPoolExecutor(2) as pool:
+    >>> from multiprocessing import get_context
+    >>> with ProcessPoolExecutor(2, get_context("spawn")) as pool:
     ...     run_sharded(range(8), str, len, executor=pool, shards=2, shard_size=2)
     [1, 1, 1, 1, 1, 1, 1, 1]
     """
@@ -717,7 +718,8 @@ def iter_sharded(  # noqa: PLR0913 - a job's settings
         ValueError: A number is out of range.
 
     >>> from concurrent.futures import ProcessPoolExecutor
-    >>> with ProcessPoolExecutor(2) as pool:
+    >>> from multiprocessing import get_context
+    >>> with ProcessPoolExecutor(2, get_context("spawn")) as pool:
     ...     with iter_sharded("ab", str.upper, ord, executor=pool, shard_size=1, ordered=True) as outcomes:
     ...         for outcome in outcomes:
     ...             print(outcome.index, outcome.item, outcome.token, outcome.result)
