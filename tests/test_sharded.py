@@ -203,6 +203,14 @@ def test_many_tokens_and_their_failures(job: Callable[..., list[Any]], away: Awa
 
 
 @each_way
+def test_first_failure_of_many_tokens_is_raised(job: Callable[..., list[Any]], away: Away) -> None:
+    settings: dict[str, Any] = {"batch_size": 4, "many": True, "executor": away, "shard_size": 6}
+    with pytest.raises(LookupError, match="11/1") as raised:
+        job(range(20), orders, bad_orders, **settings)
+    assert raised.value.__notes__ == ["twostage: stage two, 11, 1 attempt"]
+
+
+@each_way
 def test_coroutines_and_a_pool_of_processes(job: Callable[..., list[Any]], pool: ProcessPoolExecutor) -> None:
     settings: dict[str, Any] = {"executor": pool, "shards": 2, "shard_size": 20, "batch_size": 5}
     assert job(range(50), atokens, aresult, **settings) == [str(item) for item in range(50)]
@@ -257,11 +265,28 @@ def test_too_many_failures_of_the_whole(most: float, away: Away) -> None:
     assert all(outcome.token == f"token {outcome.item}" for outcome in raised.value.outcomes)
 
 
-def test_shard_that_fails_all_over_ends_early(away: Away) -> None:
+@pytest.mark.parametrize("most", [5, 0.1])
+def test_shard_that_fails_all_over_ends_early(most: float, away: Away) -> None:
     settings: dict[str, Any] = {"executor": away, "shard_size": 500, "token_workers": 1, "result_workers": 1}
-    with pytest.raises(TooManyFailures):
-        run(range(1000), str, fails_always, return_exceptions=True, max_failures=5, shards=1, **settings)
+    with pytest.raises(TooManyFailures) as raised:
+        run(range(1000), str, fails_always, return_exceptions=True, max_failures=most, shards=1, **settings)
     assert tries["calls"] < 100
+    assert type(raised.value.__cause__) is LookupError
+
+
+def test_share_of_failures_in_one_shard_ends_the_whole(away: Away) -> None:
+    """Though there are few of them among the last outcomes of all."""
+    settings: dict[str, Any] = {"executor": away, "shard_size": 100, "shards": 1, "result_workers": 1}
+    with pytest.raises(TooManyFailures) as raised:
+        run(range(200), str, fails_from_100_to_105, return_exceptions=True, max_failures=0.2, **settings)
+    assert type(raised.value.__cause__) is LookupError
+    assert len(raised.value.outcomes) > 100
+
+
+def fails_from_100_to_105(token: str) -> str:
+    if 100 <= int(token) < 106:
+        raise LookupError(token)
+    return token
 
 
 def fails_always(token: str) -> NoReturn:
@@ -282,6 +307,20 @@ def test_timeout_is_that_of_the_whole(away: Away) -> None:
         "the run's timeout of 0.2 s has passed"
     }
     assert len(found) == 60
+
+
+def test_timeout_of_many_tokens_is_told_as_that_of_the_whole(away: Away) -> None:
+    threading.Timer(0.5, held.set).start()
+    settings: dict[str, Any] = {"executor": away, "shard_size": 10, "result_workers": 1, "many": True}
+    found = run(range(30), pair_of, waits, timeout=0.2, return_exceptions=True, shards=2, **settings)
+    texts = {
+        str(one) for each in found if isinstance(each, list) for one in each if isinstance(one, Exception)
+    }
+    assert texts == {"the run's timeout of 0.2 s has passed"}
+
+
+def pair_of(item: int) -> list[str]:
+    return [f"{item}/0", f"{item}/1"]
 
 
 def test_timeout_raises(away: Away) -> None:

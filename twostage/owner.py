@@ -28,7 +28,7 @@ from twostage.building import (
 from twostage.checks import positive_int, positive_seconds
 from twostage.coordinator import Coordinator
 from twostage.driver import world
-from twostage.errors import RunTimeout, brief, warn
+from twostage.errors import RunTimeout, TooManyFailures, brief, warn
 from twostage.gates import rates_of
 from twostage.handover import HandOver
 from twostage.lines import Line
@@ -104,6 +104,8 @@ class Owner(Coordinator):
         for member, end in zip(members, ends, strict=True):
             if end is not None:
                 self._take_end(member, end)
+        if isinstance(failure, TooManyFailures):  # whose cause does not travel
+            failure.__cause__ = next(filter(None, map(_failure_of, reversed(ends))), None)
         if failure is not None:
             self._end(failure)
 
@@ -112,8 +114,10 @@ class Owner(Coordinator):
         error = end.exception
         if isinstance(error, RunTimeout):
             error = self._time_out()  # the whole job's
-        if error is None:
+        if error is None and self.now < self.deadline:
             outcome.result = end.result
+        elif error is None:
+            outcome.result = self._in_words_of_the_whole(end.result)
         elif self.return_exceptions:
             outcome.exception = error
         else:
@@ -122,6 +126,18 @@ class Owner(Coordinator):
             self._end(error)
             return
         self._finish(outcome)
+
+    def _in_words_of_the_whole(self, result: object) -> object:
+        """Returns a result whose tokens' timeouts, if it is a list, are the whole job's."""
+        if type(result) is not list:
+            return result
+        return [self._time_out() if isinstance(one, RunTimeout) else one for one in result]
+
+
+def _failure_of(end: End | None) -> Exception | None:
+    if end is None or end.exception is not None or type(end.result) is not list:
+        return None if end is None else end.exception
+    return next((one for one in end.result if isinstance(one, Exception)), None)
 
 
 class _ShardJudge(Judge):

@@ -15,8 +15,8 @@ from twostage.outcomes import Outcomes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from twostage.calls import Outcome
     from twostage.checks import Failures
+    from twostage.handover import AnyOutcome
     from twostage.journal import Journal
     from twostage.journal_rows import Identity
     from twostage.observing import Attempt, HeldBack, JobBegan, RetryDue
@@ -110,8 +110,8 @@ class Shard(NamedTuple):
         try:
             with Outcomes[Any, Any, Any](job) as outcomes:
                 for outcome in outcomes:
-                    ends[outcome.index] = _end(outcome)
-                    failure = outcome.exception
+                    failure = self._failure(outcome)
+                    ends[outcome.index] = _end(outcome, failure)
                     ends_all = failure is not None and not isinstance(failure, RunTimeout)
                     if is_cancelled() or (ends_all and not self.return_exceptions):
                         break
@@ -120,6 +120,12 @@ class Shard(NamedTuple):
         if recorder is None:
             return ShardAnswer(ends, error, [], set(), heard)
         return ShardAnswer(ends, error, recorder.lots, recorder.partial, heard)
+
+    def _failure(self, outcome: AnyOutcome) -> Exception | None:
+        """Returns an item's failure; if failures are not wanted, also that of one of its many tokens."""
+        if outcome.exception is not None or self.return_exceptions or not self.first.many:
+            return outcome.exception
+        return next((one for one in outcome.result if isinstance(one, Exception)), None)
 
     def job(
         self, items: ShardItems, listeners: Listeners | None = None, recorder: Recorder | None = None
@@ -154,8 +160,7 @@ class Shard(NamedTuple):
         return RowsKeeper(*self.journal, dict(enumerate(items.keys)))
 
 
-def _end(outcome: Outcome[Any, Any, Any]) -> End:
-    failure = outcome.exception
+def _end(outcome: AnyOutcome, failure: Exception | None) -> End:
     result = None if failure is not None else outcome.result
     return End(outcome.token, result, failure, outcome.token_attempts, outcome.attempts)
 
