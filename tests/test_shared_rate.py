@@ -149,17 +149,73 @@ def answers(port: int) -> bool:
     return False
 
 
-def test_two_processes_share_a_limit_on_redis(tmp_path: Path, redis_port: int) -> None:
+def on_redis(port: int) -> str:
+    """Returns the page's block with a bucket on Redis."""
     line, guard = re.findall(r"`(bucket = RedisBucket.*)`, and `(with .*:)`", TEXT)[0]
     code = BLOCK.replace("SQLiteBucket\n", "RedisBucket\nfrom redis import Redis\n", 1)
     code = re.sub("^bucket = .*", line, code, flags=re.MULTILINE).replace("with lock, bucket.lock:", guard)
-    code = code.replace('Redis("redis.example.com")', f"Redis(port={redis_port})")
-    begun, turns = run_in_two_processes(code, tmp_path)
+    return code.replace('Redis("redis.example.com")', f"Redis(port={port})")
+
+
+def test_two_processes_share_a_limit_on_redis(tmp_path: Path, redis_port: int) -> None:
+    begun, turns = run_in_two_processes(on_redis(redis_port), tmp_path)
     assert each_call_had_its_turn(begun, turns)
     # One process may see the time, and another take a later turn before it: then neither counts the other.
     assert LIMIT <= most_in_a_window(turns, PER) < 1.1 * LIMIT
     with redis.Redis(port=redis_port) as client:
         assert LIMIT <= client.zcard("rate") < 400
+
+
+# --- shards
+
+SHARDS = """
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from twostage import run_sharded
+
+taken = threading.local()
+original_put = bucket.put
+
+def put(turn):
+    admitted = original_put(turn)
+    if admitted:
+        taken.turn = turn.timestamp
+    return admitted
+
+bucket.put = put
+
+def fetch_tokens(ids):
+    return [f"token {id}" for id in ids]
+
+def fetch_result(token):
+    return token, taken.turn
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        settings = {"batch_size": 50, "executor": pool, "shards": 2, "shard_size": 50}
+        print(json.dumps(run_sharded(range(200), fetch_tokens, fetch_result_in_turn, **settings)))
+"""
+
+
+def turns_of_shards(code: str, directory: Path) -> list[int]:
+    """Runs a job whose shards ask for turns as `code` has it; returns those that its calls took."""
+    script = directory / "script.py"
+    script.write_text(code.split("results = ", maxsplit=1)[0] + SHARDS, encoding="utf-8")
+    command = [sys.executable, str(script)]
+    ran = subprocess.run(command, cwd=directory, capture_output=True, check=True, timeout=50)  # noqa: S603 - ours
+    results = json.loads(ran.stdout)
+    assert [token for token, _ in results] == [f"token {item}" for item in range(200)]
+    return [turn for _, turn in results]
+
+
+def test_shards_share_a_limit_on_sqlite(tmp_path: Path) -> None:
+    assert most_in_a_window(turns_of_shards(BLOCK, tmp_path), PER) == LIMIT
+
+
+def test_shards_share_a_limit_on_redis(tmp_path: Path, redis_port: int) -> None:
+    turns = turns_of_shards(on_redis(redis_port), tmp_path)
+    assert LIMIT <= most_in_a_window(turns, PER) < 1.1 * LIMIT  # as above
 
 
 # --- in virtual time
