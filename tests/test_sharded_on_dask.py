@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import dask
 import pytest
 from away_on_dask import DEADLY, die, fail_at_0, fetch_result, fetch_results, fetch_tokens, same
 from common import ours, until
-from distributed import Client, LocalCluster, utils
 
 from twostage import Stage, iter_sharded, run_sharded
 from twostage._embedded_answers import result_of, token_of
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Executor
     from pathlib import Path
+
+    from distributed import Client
 
 CONFIG = {
     "distributed.worker.profile.enabled": False,  # with it Python 3.11.7 can stand still (gh-106883)
@@ -38,6 +38,10 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
+    # Not before other tests, as it has all exceptions known by then unpickle by tblib.
+    import dask  # noqa: PLC0415
+    from distributed import Client, LocalCluster, utils  # noqa: PLC0415
+
     with (
         dask.config.set(CONFIG),
         LocalCluster(
@@ -121,6 +125,8 @@ def test_executor_that_thinks_calls_pure_makes_them_all_the_same(client: Client)
 def test_profiler_that_can_stop_this_python_is_warned_of(
     executor: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import dask  # noqa: PLC0415 - as above
+
     settings: dict[str, Any] = {"executor": executor, "shard_size": 2}
     with dask.config.set({"distributed.worker.profile.enabled": True}):
         monkeypatch.setattr("twostage.owner.sys.version_info", (3, 11, 8))
