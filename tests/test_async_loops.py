@@ -511,8 +511,9 @@ SCRIPT = """
 
     async def awaited(token):
         begin(token)
+        # Seldom, as asyncio loses a handle that it has taken and not run when Ctrl-C comes (`_run_once`).
         while not over.is_set():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
         return token
 
     def begin(token):
