@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import AsyncIterable, Iterable, Sized
 from contextvars import ContextVar, copy_context
-from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -33,6 +32,7 @@ from twostage.logs import Log
 from twostage.observing import JobBegan, Listeners, Observer, StageSettings
 from twostage.outcomes import AsyncJob, Begins, Job
 from twostage.pace import Pace
+from twostage.processes import name_of
 from twostage.progress import shower
 from twostage.reading import Reading
 from twostage.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
@@ -298,7 +298,7 @@ def _told(settings: Settings) -> StageSettings:
     _, stage, batch_size, workers, *_ = settings
     rates = rates_of(stage.rate, "rate")
     return StageSettings(
-        _name_of(stage.fetch),
+        name_of(stage.fetch),
         workers,
         batch_size,
         tuple((rate.limit, rate.per) for rate in rates),
@@ -424,7 +424,7 @@ def journal_of(journal: JournalLike) -> Journal:
 
 def identity_of(journal: Journal, first: Settings, second: Settings) -> Identity:
     """Returns whose answers a job's journal holds."""
-    job = journal.job or f"{_name_of(first.stage.fetch)}, {_name_of(second.stage.fetch)}"
+    job = journal.job or f"{name_of(first.stage.fetch)}, {name_of(second.stage.fetch)}"
     return Identity(job, journal.version_text, int(first.many), int(journal.encode is not None))
 
 
@@ -433,12 +433,6 @@ def recorder_for(journal: Journal, identity: Identity, twins: Twins) -> Recorder
     from twostage.recorder import Recorder  # noqa: PLC0415 - for some Pythons, SQLite is an extra
 
     return Recorder(journal, identity, twins.keys)
-
-
-def _name_of(function: object) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def failure_limit_of(options: RunOptions, *, many: bool) -> FailureLimit | None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tenacity import Retrying
@@ -34,7 +32,7 @@ from twostage.handover import HandOver
 from twostage.lines import Line
 from twostage.outcomes import Job
 from twostage.pace import Pace
-from twostage.processes import is_dask, name_of, why_not
+from twostage.processes import is_dask, kinds_of, name_of, why_not
 from twostage.reading import Reading
 from twostage.retry import Answer, Fail, Judge, Retry, repeats
 from twostage.runners import Runner, Work
@@ -167,8 +165,7 @@ class _NoRunner(Runner):
 
 
 def _kills(error: BaseException) -> bool:
-    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
-    return bool(kinds & KILLED)
+    return not KILLED.isdisjoint(kinds_of(error))
 
 
 def _splits(error: Exception) -> bool:
@@ -302,7 +299,7 @@ def _warn_of_deadlock(executor: Executor) -> None:
 
     if config.get("distributed.worker.profile.enabled", default=True):
         warn(
-            f"Python {platform.python_version()} can stand still in a Dask worker, as 3.11 up to 3.11.8 does "
+            f"Python {sys.version.split()[0]} can stand still in a Dask worker, as 3.11 up to 3.11.8 does "
             "under Dask's profiler: use a newer one, or switch distributed.worker.profile.enabled off there",
             RuntimeWarning,
         )
@@ -351,6 +348,8 @@ def _check_travels(shard: Shard, executor: Executor) -> None:
         if reason is not None:
             policies = ""
             if isinstance(part, Retrying):
+                from importlib.metadata import version  # noqa: PLC0415 - too slow for each start
+
                 policies = f"; policies can from tenacity 9.2 on (this is {version('tenacity')})"
             raise TypeError(
                 f"{name} is {name_of(part)}, which can't be pickled for the executor's processes ({reason}); "

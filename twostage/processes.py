@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_pickling",
     "is_dask",
+    "kinds_of",
     "name_of",
     "pickles_by_value",
     "received",
@@ -71,7 +72,7 @@ class Sent(partial[Reply]):
 
 def pickles_by_value(executor: Executor) -> bool:
     """Whether an executor, if it pickles at all, may do so with functions and classes of no module."""
-    return STANDARD_POOL not in _kinds(executor)
+    return STANDARD_POOL not in kinds_of(executor)
 
 
 def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
@@ -91,7 +92,7 @@ def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
 
 def why_not(value: object, executor: Executor) -> Exception | None:
     """Returns why a value can't be sent to an executor's processes, if it is known to have some."""
-    if not _kinds(executor) & {STANDARD_POOL, *LOKY_POOLS, DASK, MPI}:
+    if not kinds_of(executor) & {STANDARD_POOL, *LOKY_POOLS, DASK, MPI}:
         return None
     try:
         _dumps(value, by_value=pickles_by_value(executor))
@@ -102,7 +103,7 @@ def why_not(value: object, executor: Executor) -> Exception | None:
 
 def is_dask(executor: Executor) -> bool:
     """Whether an executor is Dask's, which says of calls that run, too, that it has cancelled them."""
-    return DASK in _kinds(executor)
+    return DASK in kinds_of(executor)
 
 
 def start_processes(executor: Executor) -> None:
@@ -110,7 +111,7 @@ def start_processes(executor: Executor) -> None:
 
     Any other pool of processes gets a call that does nothing as well, as it does not say which it is.
     """
-    if STANDARD_POOL not in _kinds(executor):
+    if STANDARD_POOL not in kinds_of(executor):
         return
     from multiprocessing import active_children  # noqa: PLC0415 - whoever has no such pool does without
 
@@ -278,8 +279,9 @@ def _arrived(data: bytes, stand_in: BaseRemoteError, text: str, known: Classifie
 # --- names for messages
 
 
-def _kinds(executor: object) -> set[tuple[str, str]]:
-    return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(executor).__mro__}
+def kinds_of(value: object) -> set[tuple[str, str]]:
+    """Returns the package and name of each class that a value is of."""
+    return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__}
 
 
 def name_of(fetch: object) -> str:
