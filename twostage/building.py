@@ -16,7 +16,7 @@ from twostage.checks import (
     check_function,
     failure_test,
     positive_int,
-    positive_seconds,
+    seconds_or_never,
 )
 from twostage.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.driver import LoopDriver, ThreadDriver, world
@@ -239,11 +239,24 @@ def build(
     coordinator = _coordinator(
         driver, first, second, items_options, run_options, listeners, results, recorder=recorder
     )
-    source = Source(items, key_for(items, items_options))
+    return job_of(items, first, second, items_options, run_options, driver, coordinator)
+
+
+def job_of(
+    items: Iterable[Any],
+    first: Settings,
+    second: Settings,
+    items_options: ItemsOptions,
+    run_options: RunOptions,
+    driver: Driver,
+    coordinator: Coordinator,
+) -> Job:
+    """Opens the source, and returns the job that a coordinator runs."""
+    source = Source(items, _key(items, items_options))
     source.open()
     if run_options.linger is not None:
         coordinator.reader = driver.reader(source, coordinator.item_read)
-    return Job(source, coordinator, driver, beginning(first, second, coordinator))
+    return Job(source, coordinator, driver, _begins(first, second, coordinator))
 
 
 def build_async(
@@ -258,9 +271,9 @@ def build_async(
     driver = LoopDriver() if world.get() is ThreadDriver else cast("AsyncDriver", world.get()())
     listeners = listeners_for(items, run_options.watching)
     coordinator = _coordinator(driver, first, second, items_options, run_options, listeners, results)
-    source = _source(items, key_for(items, items_options))
+    source = _source(items, _key(items, items_options))
     coordinator.reader = driver.reader(source, coordinator.item_read)
-    return AsyncJob(source, coordinator, driver, beginning(first, second, coordinator))
+    return AsyncJob(source, coordinator, driver, _begins(first, second, coordinator))
 
 
 def listeners_for(items: object, watching: Watching) -> Listeners:
@@ -283,7 +296,7 @@ def listeners_for(items: object, watching: Watching) -> Listeners:
     return Listeners([*(one for one in own if one is not None), *given], total=total)
 
 
-def beginning(first: Settings, second: Settings, coordinator: Coordinator) -> Begins:
+def _begins(first: Settings, second: Settings, coordinator: Coordinator) -> Begins:
     """Returns what makes the first event of a job."""
 
     def begins(clock: float) -> JobBegan:
@@ -310,8 +323,7 @@ def _told(settings: Settings) -> StageSettings:
     )
 
 
-def key_for(items: object, options: ItemsOptions) -> Key:
-    """Returns the items' key, a journal's if there is one; bad items of a list are seen now."""
+def _key(items: object, options: ItemsOptions) -> Key:
     if options.journal is None:
         return options.key
     if options.key is None and isinstance(items, list | tuple):  # of others it is seen as they come
@@ -354,8 +366,8 @@ def _coordinator(
     max_refreshes = positive_int(max_refreshes, "max_refreshes")
     if key is not None:
         check_function(key, "key")
-    timeout = math.inf if run_options.timeout is None else positive_seconds(run_options.timeout, "timeout")
-    linger = math.inf if run_options.linger is None else positive_seconds(run_options.linger, "linger")
+    timeout = seconds_or_never(run_options.timeout, "timeout")
+    linger = seconds_or_never(run_options.linger, "linger")
     failure_limit = failure_limit_of(run_options, many=first.many)
     if not (repeats(first.retry) and repeats(second.retry)):
         refreshes = None  # either stage's calls must not be made twice for an item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import sys
 from functools import partial
@@ -24,6 +25,7 @@ __all__ = [
     "is_number",
     "positive_int",
     "positive_seconds",
+    "seconds_or_never",
 ]
 
 Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
@@ -63,6 +65,16 @@ def positive_seconds(seconds: object, name: str) -> float:
     if not 0 < seconds <= sys.float_info.max:
         raise ValueError(f"{name} is {brief(seconds)}; expected a number of seconds above 0")
     return float(seconds)
+
+
+def seconds_or_never(seconds: object, name: str) -> float:
+    """Returns a time limit: infinite if there is none.
+
+    Raises:
+        TypeError: As from `positive_seconds`.
+        ValueError: The same.
+    """
+    return math.inf if seconds is None else positive_seconds(seconds, name)
 
 
 def check_bool(value: object, name: str) -> None:

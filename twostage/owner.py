@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import time
 from dataclasses import replace
@@ -13,31 +12,28 @@ from tenacity import Retrying
 
 from twostage.async_executor import AsyncExecutor
 from twostage.building import (
-    beginning,
     check_not_held,
     failure_limit_of,
     identity_of,
+    job_of,
     journal_of,
-    key_for,
     listeners_for,
     recorder_for,
     variables_for,
 )
-from twostage.checks import positive_int, positive_seconds
+from twostage.checks import positive_int, seconds_or_never
 from twostage.coordinator import Coordinator
 from twostage.driver import world
 from twostage.errors import RunTimeout, TooManyFailures, brief, warn
 from twostage.gates import rates_of
 from twostage.handover import HandOver
 from twostage.lines import Line
-from twostage.outcomes import Job
 from twostage.pace import Pace
 from twostage.processes import is_dask, kinds_of, name_of, why_not
 from twostage.reading import Reading
 from twostage.retry import Answer, Fail, Judge, Retry, repeats
 from twostage.runners import Runner, Work
 from twostage.shards import Shard, ShardAnswer, ShardItems
-from twostage.sources import Source
 from twostage.splits import Splits
 from twostage.twins import Twins
 
@@ -50,6 +46,7 @@ if TYPE_CHECKING:
     from twostage.gates import Rates
     from twostage.journal import Journal
     from twostage.journal_rows import Identity
+    from twostage.outcomes import Job
     from twostage.retry import End as AttemptEnd
     from twostage.retry import Verdict
     from twostage.shards import End
@@ -195,8 +192,6 @@ def build_sharded(
     window = shards * size if window is None else positive_int(window, "window")
     if window < size:
         raise ValueError(f"window is {window}; expected at least the shard_size of {size}")
-    timeout = math.inf if run_options.timeout is None else positive_seconds(run_options.timeout, "timeout")
-    linger = math.inf if run_options.linger is None else positive_seconds(run_options.linger, "linger")
     failure_limit = failure_limit_of(run_options, many=first.many)
     listeners = listeners_for(items, run_options.watching)
     recorded: tuple[Journal, Identity] | None = None
@@ -238,9 +233,9 @@ def build_sharded(
         listeners=listeners,
         return_exceptions=run_options.return_exceptions,
         twins=twins,
-        timeout=timeout,
+        timeout=seconds_or_never(run_options.timeout, "timeout"),
         too_many=None if failure_limit is None else failure_limit.passed,
-        linger=linger,
+        linger=seconds_or_never(run_options.linger, "linger"),
         recorder=recorder,
     )
     owner.token_line.runner = driver.runner(
@@ -256,11 +251,7 @@ def build_sharded(
     )
     owner.result_line.runner = _NoRunner()
     owner.offset = time.time() - driver.clock()
-    source = Source(items, key_for(items, items_options))
-    source.open()
-    if run_options.linger is not None:
-        owner.reader = driver.reader(source, owner.item_read)
-    return Job(source, owner, driver, beginning(first, second, owner))
+    return job_of(items, first, second, items_options, run_options, driver, owner)
 
 
 def _checked(sharding: Sharding) -> Sharding:
