@@ -9,21 +9,13 @@ import asyncio
 import http.client
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import aiohttp
-import botocore.config
-import botocore.session
-import google.api_core.exceptions
-import grpc
 import httpx
-import httpx2
-import openai
 import pytest
 import requests
 import urllib3
-from azure.core import PipelineClient
-from azure.core.rest import HttpRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +30,6 @@ def requests_get(url: str, timeout: float = LONG) -> None:
 
 def httpx_get(url: str, timeout: float = LONG) -> None:
     httpx.get(url, timeout=timeout).raise_for_status()
-
-
-def httpx2_get(url: str, timeout: float = LONG) -> None:
-    httpx2.get(url, timeout=timeout).raise_for_status()
 
 
 def aiohttp_get(url: str, timeout: float = LONG) -> None:
@@ -99,60 +87,6 @@ def http_client_get(url: str, timeout: float = LONG) -> None:
         connection.getresponse().read()
     finally:
         connection.close()
-
-
-def botocore_call(url: str, timeout: float = LONG) -> None:
-    client = botocore.session.Session().create_client(
-        "dynamodb",
-        region_name="us-east-1",
-        endpoint_url=url,
-        aws_access_key_id="none",
-        aws_secret_access_key="none",  # noqa: S106 - nobody's
-        config=botocore.config.Config(
-            connect_timeout=timeout, read_timeout=timeout, retries={"total_max_attempts": 1}
-        ),
-    )
-    try:
-        client.list_tables()
-    finally:
-        client.close()
-
-
-def google_get(url: str, timeout: float = LONG) -> None:
-    """As Google's clients do it: requests or google-auth carries, google-api-core makes the exception."""
-    response = requests.get(url, timeout=timeout)
-    if not response.ok:
-        raise google.api_core.exceptions.from_http_response(response)
-
-
-def azure_get(url: str, timeout: float = LONG) -> None:
-    with PipelineClient[HttpRequest, Any](url, policies=[]) as client:
-        response = client.send_request(
-            HttpRequest("GET", url), connection_timeout=timeout, read_timeout=timeout
-        )
-        response.raise_for_status()
-
-
-def openai_get(url: str, timeout: float = LONG) -> None:
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=timeout) as client:
-        client.models.list()
-
-
-def grpc_call(url: str, timeout: float = LONG, method: str = "any") -> None:
-    with grpc.insecure_channel(url.partition("://")[2]) as channel:
-        channel.unary_unary(f"/twostage/{method}")(b"", timeout=timeout)
-
-
-def grpc_stream(url: str, timeout: float = LONG, method: str = "any") -> None:
-    with grpc.insecure_channel(url.partition("://")[2]) as channel:
-        list(channel.unary_stream(f"/twostage/{method}")(b"", timeout=timeout))
-
-
-def google_grpc_call(url: str, timeout: float = LONG, method: str = "any") -> None:
-    try:
-        grpc_call(url, timeout, method)
-    except grpc.RpcError as error:
-        raise google.api_core.exceptions.from_grpc_error(error) from error
 
 
 def failure_of(get: Callable[..., None], url: str, timeout: float = LONG, **settings: str) -> Exception:

@@ -1,5 +1,7 @@
 """What the clients that users have really raise, and what it is taken for, with an answer and without."""
 
+# ruff: noqa: E402 - what is imported last may not be there
+
 from __future__ import annotations
 
 import json
@@ -12,28 +14,27 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import aiohttp
+import pytest
+from common import needs_clients
+from requesting import aiohttp_get, failure_of, httpx_get, requests_get, urllib3_get_checked, urllib_get
+
+needs_clients("azure.core", "botocore", "google.api_core", "grpc", "httpx2", "openai")
+
 import azure.core.exceptions
 import botocore.exceptions
 import google.api_core.exceptions
 import grpc
 import httpx2
 import openai
-import pytest
-from requesting import (
-    aiohttp_get,
+from requesting_more import (
     azure_get,
     botocore_call,
-    failure_of,
     google_get,
     google_grpc_call,
     grpc_call,
     grpc_stream,
     httpx2_get,
-    httpx_get,
     openai_get,
-    requests_get,
-    urllib3_get_checked,
-    urllib_get,
 )
 
 from twostage import is_transient

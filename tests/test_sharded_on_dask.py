@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from away_on_dask import DEADLY, die, fail_at_0, fetch_result, fetch_results, fetch_tokens, same
-from common import ours, until
+from common import needs_clients, ours, until
 
 from twostage import Stage, iter_sharded, run_sharded
 from twostage._embedded_answers import result_of, token_of
@@ -38,6 +38,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
+    needs_clients("distributed")
     # Not before other tests, as it has all exceptions known by then unpickle by tblib.
     import dask  # noqa: PLC0415
     from distributed import Client, LocalCluster, utils  # noqa: PLC0415

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import redis
-from common import until
+from common import needs_clients, until
 from fakes import Fake, outcomes_of, stage
 
 from twostage import Stage, Throttled, iter_two_stage, run_two_stage
@@ -76,6 +75,7 @@ print(json.dumps([begun, turns, results]))
 
 def run_in_two_processes(code: str, directory: Path) -> tuple[list[int], list[int]]:
     """Runs `code` in two processes at once; returns when their calls began, and the turns that they took."""
+    needs_clients("pyrate_limiter", "filelock")
     prepare, job = code.split("results = ")
     with ExitStack() as stack:
         children = [stack.enter_context(child(directory)) for _ in range(2)]
@@ -129,6 +129,7 @@ def test_two_processes_share_a_limit_on_sqlite(tmp_path: Path) -> None:
 @pytest.fixture
 def redis_port(tmp_path: Path) -> Iterator[int]:
     """The port of a server of our own, on this machine only, which keeps nothing."""
+    needs_clients("redis")
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("redis-server is not installed")
@@ -144,6 +145,8 @@ def redis_port(tmp_path: Path) -> Iterator[int]:
 
 
 def answers(port: int) -> bool:
+    import redis  # noqa: PLC0415 - it may not be there
+
     with redis.Redis(port=port) as client, suppress(redis.ConnectionError):
         return bool(client.ping())
     return False
@@ -158,6 +161,8 @@ def on_redis(port: int) -> str:
 
 
 def test_two_processes_share_a_limit_on_redis(tmp_path: Path, redis_port: int) -> None:
+    import redis  # noqa: PLC0415 - it may not be there
+
     begun, turns = run_in_two_processes(on_redis(redis_port), tmp_path)
     assert each_call_had_its_turn(begun, turns)
     # One process may see the time, and another take a later turn before it: then neither counts the other.
@@ -200,6 +205,7 @@ if __name__ == "__main__":
 
 def turns_of_shards(code: str, directory: Path) -> list[int]:
     """Runs a job whose shards ask for turns as `code` has it; returns those that its calls took."""
+    needs_clients("pyrate_limiter", "filelock")
     script = directory / "script.py"
     script.write_text(code.split("results = ", maxsplit=1)[0] + SHARDS, encoding="utf-8")
     command = [sys.executable, str(script)]

@@ -9,10 +9,8 @@ import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-import pandas as pd
 import pytest
-from common import each_way, run
+from common import each_way, needs_clients, run
 from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
@@ -103,6 +101,9 @@ def test_failures_waits_and_pauses_are_recorded() -> None:
 
 
 def test_columns_are_for_pandas() -> None:
+    needs_clients("pandas")
+    import pandas as pd  # noqa: PLC0415 - it may not be there
+
     frame = pd.DataFrame(traced().columns())
     assert (frame["ended"] >= frame["began"]).all()
     assert frame.groupby("stage")["number"].count().to_list() == [10, 42]
@@ -440,6 +441,9 @@ def test_plot_has_two_panels_of_the_same_time(tmp_path: Path, *, many: bool) -> 
 
 
 def test_plot_needs_no_display_and_opens_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_clients("matplotlib")
+    import matplotlib as mpl  # noqa: PLC0415 - it may not be there
+
     monkeypatch.setattr(mpl, "use", lambda _: pytest.fail("a backend was chosen"))
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
     traced().plot()
