@@ -672,7 +672,7 @@ class Unprintable:
 
 
 @pytest.mark.parametrize(
-    ("item", "name"), [(Unprintable(), "<Unprintable"), (10**5000, "<int>")], ids=["class", "int"]
+    ("item", "name"), [(Unprintable(), "<Unprintable"), (10**5000, "<int")], ids=["class", "int"]
 )
 def test_item_whose_repr_fails_does_not_hide_the_failure(item: object, name: str) -> None:
     [error] = run_two_stage([item], str_of_type, Scripted(KeyError()), return_exceptions=True)

@@ -550,7 +550,7 @@ def test_failure_that_the_policy_wanted_to_try_again_is_asked_for_again(away: Aw
 
 
 def test_value_that_json_would_change_is_an_error(away: Away, path: Path) -> None:
-    with pytest.raises(TypeError, match="result of item 0 is or has a tuple"):
+    with pytest.raises(TypeError, match=r"result of item [012] is or has a tuple"):  # whichever came first
         run(range(3), str, pair, executor=away, journal=path)
 
 
