@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def double(number: int) -> int:
@@ -18,8 +19,15 @@ def several(number: int) -> list[int]:
     return list(range(number % 4))
 
 
-def where(number: int) -> tuple[int, int]:
-    return number, os.getpid()
+def place() -> tuple[int, int]:
+    """Returns the process and, in it, the interpreter that this is."""
+    if "concurrent.interpreters" not in sys.modules:
+        return os.getpid(), 0
+    return os.getpid(), sys.modules["concurrent.interpreters"].get_current().id
+
+
+def where(number: int) -> tuple[int, tuple[int, int]]:
+    return number, place()
 
 
 def die_at(last: int, number: int) -> int:

@@ -1,36 +1,27 @@
-"""Stages in pools of processes: what travels, what can't, and what becomes of a process that is killed."""
+"""Stages in pools of processes, and of interpreters: what travels, and what can't."""
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import signal
 import ssl
-import subprocess
 import sys
 import threading
-import warnings
-from collections import Counter, UserDict, UserList
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import UserDict, UserList
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass
 from email.message import Message
-from functools import partial
-from multiprocessing import get_context
-from textwrap import dedent
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from urllib.error import HTTPError, URLError
 
-import botocore.exceptions
 import httpx
-import httpx2
-import loky
-import openai
 import pytest
 import requests
-from away import die_at, double, doubles, fail_until_the_end, several, where
-from common import ALWAYS, PATIENCE, LeaveError, each_way, iterate, iterate_in_order, run
+from away import double, doubles, place, several, where
+from common import ALWAYS, PATIENCE, LeaveError, each_way, needs_clients
+from pools_of_processes import PROCESSES, new_pool
 from tenacity import TryAgain
 
 from twostage import Outcome, Rate, RemoteError, Stage, Throttled, is_transient, iter_two_stage, run_two_stage
@@ -40,44 +31,41 @@ from twostage.throttling import retry_after
 from twostage.transient import Kind, is_throttled, is_timeout, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from common import Run
 
-KINDS: Final = ("fork", "spawn", "forkserver", "loky")
+KINDS: Final = (*PROCESSES, "interpreters") if sys.version_info >= (3, 14) else PROCESSES
 URL: Final = "https://api/?key=s3cret"
 
 
-def new_pool(kind: str, processes: int = 2) -> Executor:
-    if kind == "loky":
-        loky_pool: Executor = loky.ProcessPoolExecutor(processes)
-        return loky_pool
-    pool = ProcessPoolExecutor(processes, get_context(kind))
-    if kind == "fork":
-        with warnings.catch_warnings():  # other tests' clients may have threads
-            warnings.simplefilter("ignore")
-            pool.submit(int)
-    return pool
+class Pools(dict[str, Executor]):
+    """A pool of each kind, but of that which is not installed."""
+
+    def __missing__(self, kind: str) -> NoReturn:
+        needs_clients(kind)
+        raise KeyError(kind)
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[str, Executor]]:
-    pools = {kind: new_pool(kind) for kind in KINDS}
+def pools() -> Iterator[Pools]:
+    pools = Pools((kind, new_pool(kind)) for kind in KINDS if kind != "loky" or find_spec(kind))
     for pool in pools.values():
-        pool.submit(int).result(PATIENCE)  # so that its threads are there before a test is
+        for begun in [pool.submit(int), pool.submit(int)]:
+            begun.result(PATIENCE)  # so that its threads are there before a test is
     yield pools
     for pool in pools.values():
         pool.shutdown()
 
 
 @pytest.fixture(params=KINDS)
-def pool(request: pytest.FixtureRequest, pools: dict[str, Executor]) -> Executor:
+def pool(request: pytest.FixtureRequest, pools: Pools) -> Executor:
     return pools[request.param]
 
 
 @pytest.fixture
-def spawned(pools: dict[str, Executor]) -> Executor:
+def spawned(pools: Pools) -> Executor:
     return pools["spawn"]
 
 
@@ -90,7 +78,7 @@ def test_either_stage_or_both_may_run_in_processes(pool: Executor, stages: str) 
     second: Any = Stage(where, executor=pool if stages != "one" else None)
     results = run_two_stage(range(30), first, second)
     assert [token[0] for token, _ in results] == list(range(30))
-    here = os.getpid()
+    here = place()
     assert {one == here for (_, one), _ in results} == {stages == "two"}
     assert {two == here for _, two in results} == {stages == "one"}
 
@@ -192,15 +180,36 @@ def httpx_error(status: int, **headers: str) -> httpx.HTTPStatusError:
     return httpx.HTTPStatusError(f"no to {URL}", request=request, response=response)
 
 
-def answer_to_openai(status: int, headers: Mapping[str, str]) -> httpx2.Response:
-    return httpx2.Response(status, headers=headers, request=httpx2.Request("GET", URL))
+def openai_429() -> Exception:
+    import httpx2  # noqa: PLC0415 - as above
+    import openai  # noqa: PLC0415 - as above
+
+    request = httpx2.Request("GET", URL)
+    response = httpx2.Response(429, headers={"retry-after-ms": "1500"}, request=request)
+    return openai.RateLimitError("no", response=response, body=None)
+
+
+def openai_unreachable() -> Exception:
+    import httpx2  # noqa: PLC0415 - as above
+    import openai  # noqa: PLC0415 - as above
+
+    return openai.APIConnectionError(request=httpx2.Request("GET", URL))
+
+
+def botocore_throttled() -> Exception:
+    import botocore.exceptions  # noqa: PLC0415 - as above
+
+    answer = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+    return botocore.exceptions.ClientError(answer, "GetObject")  # type: ignore[no-any-return] # it has no types
 
 
 def http_error(status: int, headers: Mapping[str, str]) -> HTTPError:
     message = Message()
     for name, value in headers.items():
         message[name] = value
-    return HTTPError(URL, status, "no", message, None)
+    error = HTTPError(URL, status, "no", message, None)
+    error.close()  # from 3.14 on one that is left open is warned of
+    return error
 
 
 def caused(error: Exception, cause: BaseException) -> Exception:
@@ -230,18 +239,13 @@ ERRORS: Final[dict[str, Callable[[], BaseException]]] = {
     "httpx 500": lambda: httpx_error(500),
     "httpx 503": lambda: httpx_error(503),
     "httpx 503 with a wait": lambda: httpx_error(503, retry_after="7"),
-    "openai 429": lambda: openai.RateLimitError(
-        "no", response=answer_to_openai(429, {"retry-after-ms": "1500"}), body=None
-    ),
-    "openai, no connection": lambda: openai.APIConnectionError(request=httpx2.Request("GET", URL)),
+    "openai 429": openai_429,
+    "openai, no connection": openai_unreachable,
     "urllib 504": lambda: http_error(504, {}),
     "urllib 429": lambda: http_error(429, {"Retry-After": "3"}),
     "urllib, refused": lambda: URLError(ConnectionRefusedError("no")),
     "requests": lambda: requests.ConnectionError("no"),
-    "botocore, throttled": lambda: botocore.exceptions.ClientError(
-        {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 400}},
-        "GetObject",
-    ),
+    "botocore, throttled": botocore_throttled,
     "from a lost connection": lambda: caused(ApiError("no"), ConnectionResetError()),
     "from a wait": lambda: caused(ApiError("no"), Throttled(4)),
     "from a bad certificate": lambda: caused(httpx.ConnectError("no"), ssl.SSLCertVerificationError("bad")),
@@ -269,8 +273,21 @@ LOST: Final = {
     "urllib 504": "HTTPError",
     "urllib 429": "HTTPError",
 }
-FAILURES: Final = [name for name, make in ERRORS.items() if isinstance(make(), Exception)]
-ENDS: Final = [name for name in ERRORS if name not in FAILURES]
+CLIENTS: Final = {
+    "openai 429": "openai",
+    "openai, no connection": "openai",
+    "botocore, throttled": "botocore",
+}
+MISSING: Final = {name for name, module in CLIENTS.items() if find_spec(module) is None}
+ENDS: Final = ["exit", "interrupt", "leave", "leave, keyword arguments"]
+FAILURES: Final = [name for name in ERRORS if name not in ENDS and name not in MISSING]
+
+
+def each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Has a test run with each of these, and skip those whose client is not installed."""
+    why = "is not installed: pip install '.[test-clients]'"
+    skips = {name: [pytest.mark.skip(f"{CLIENTS[name]} {why}")] for name in MISSING}
+    return pytest.mark.parametrize("name", [pytest.param(one, marks=skips.get(one, [])) for one in names])
 
 
 def fail_as(name: str) -> NoReturn:
@@ -297,23 +314,16 @@ def says(error: BaseException) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def failures(pools: dict[str, Executor]) -> dict[str, dict[str, Exception]]:
-    """All of them as they come back from each kind of pool."""
-    return {
-        kind: dict(
-            zip(
-                FAILURES,
-                run_two_stage(
-                    FAILURES,
-                    str,
-                    Stage(fail_as, executor=pool, retry=None, pause=False),
-                    return_exceptions=True,
-                ),
-                strict=True,
-            )
-        )
-        for kind, pool in pools.items()
-    }
+def failures(pools: Pools) -> Callable[[str, str], Exception]:
+    """Gives a failure as it comes back from a kind of pool."""
+
+    @cache
+    def come_back(kind: str) -> dict[str, Exception]:
+        stage: Stage[Any, Any] = Stage(fail_as, executor=pools[kind], retry=None, pause=False)
+        failed: list[Any] = run_two_stage(FAILURES, str, stage, return_exceptions=True)
+        return dict(zip(FAILURES, failed, strict=True))
+
+    return lambda kind, name: come_back(kind)[name]
 
 
 def test_there_is_each_kind_of_failure_and_each_answer_to_it() -> None:
@@ -324,11 +334,13 @@ def test_there_is_each_kind_of_failure_and_each_answer_to_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAILURES)
+@each(name for name in ERRORS if name not in ENDS)
 def test_failure_counts_as_it_does_in_a_thread(
-    name: str, kind: str, failures: dict[str, dict[str, Exception]]
+    name: str, kind: str, failures: Callable[[str, str], Exception]
 ) -> None:
-    there, here = failures[kind][name], failed_here(name)
+    if kind == "interpreters" and CLIENTS.get(name) == "openai":
+        pytest.skip("pydantic's compiled part can't be loaded in another interpreter")
+    there, here = failures(kind, name), failed_here(name)
     assert says(there) == says(here)
     assert isinstance(there, RemoteError) == (name in LOST)
     if name not in LOST:
@@ -339,12 +351,12 @@ def test_failure_counts_as_it_does_in_a_thread(
     assert "twostage/processes" not in str(there.__cause__)
 
 
-@pytest.mark.parametrize("name", LOST)
+@each(LOST)
 def test_stand_in_tells_type_text_status_and_wait_and_can_be_pickled(
-    name: str, failures: dict[str, dict[str, Exception]]
+    name: str, failures: Callable[[str, str], Exception]
 ) -> None:
-    here = failed_here(name)
-    for stand_in in (failures["spawn"][name], pickle.loads(pickle.dumps(failures["spawn"][name]))):  # noqa: S301 - its own
+    here, there = failed_here(name), failures("spawn", name)
+    for stand_in in (there, pickle.loads(pickle.dumps(there))):  # noqa: S301 - its own
         assert isinstance(stand_in, RemoteError)
         assert stand_in.type_name.endswith(f".{LOST[name]}")
         assert (stand_in.text, stand_in.status) == (str(here), status_of(here))
@@ -353,7 +365,7 @@ def test_stand_in_tells_type_text_status_and_wait_and_can_be_pickled(
         assert says(stand_in) == says(here)
         assert stand_in.__notes__[:-1] == getattr(here, "__notes__", [])
     causing = ApiError("the user's own")
-    causing.__cause__ = failures["spawn"][name]
+    causing.__cause__ = there
     assert is_transient(causing) == is_transient(here)
 
 
@@ -362,9 +374,10 @@ def test_text_of_an_exception_is_in_no_repr_and_no_log(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     stage: Stage[Any, Any] = Stage(fail_as, executor=spawned, retry=ALWAYS, pause=False)
-    with iter_two_stage(LOST, str, stage, return_exceptions=True) as outcomes:
+    lost = [name for name in LOST if name not in MISSING]
+    with iter_two_stage(lost, str, stage, return_exceptions=True) as outcomes:
         ended: list[Outcome[Any, Any, Any]] = list(outcomes)
-    assert len(ended) == len(LOST)
+    assert len(ended) == len(lost)
     assert "RemoteError" in caplog.text
     for outcome in ended:
         assert outcome.exception is not None
@@ -377,7 +390,7 @@ def test_text_of_an_exception_is_in_no_repr_and_no_log(
 @pytest.mark.parametrize("kind", ["spawn", "loky"])
 @pytest.mark.parametrize("name", ENDS)
 def test_what_is_no_exception_ends_the_job(
-    name: str, kind: str, pools: dict[str, Executor], *, return_exceptions: bool
+    name: str, kind: str, pools: Pools, *, return_exceptions: bool
 ) -> None:
     stage: Stage[Any, Any] = Stage(fail_as, executor=pools[kind], retry=ALWAYS)
     lost = "keyword" in name
@@ -479,15 +492,15 @@ class OneWay:
 
 
 class ToOtherProcess:
-    """Can be pickled, and unpickled here, but in no other process."""
+    """Can be pickled, and unpickled here, but in no other process or interpreter."""
 
-    def __init__(self, process: int) -> None:
-        if process != os.getpid():
+    def __init__(self, home: tuple[int, int]) -> None:
+        if home != place():
             raise RuntimeError("it is at home elsewhere")
-        self.process = process
+        self.home = home
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ToOtherProcess, (self.process,)
+        return ToOtherProcess, (self.home,)
 
     def __call__(self, number: int) -> int:
         return number
@@ -501,8 +514,8 @@ def a_nameless_function() -> Callable[[Any], Any]:
     return lambda number: number + 1
 
 
-@pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver"])
-def test_function_that_can_t_be_pickled_is_refused_by_name(kind: str, pools: dict[str, Executor]) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "loky"])
+def test_function_that_can_t_be_pickled_is_refused_by_name(kind: str, pools: Pools) -> None:
     with pytest.raises(
         TypeError, match=r"fetch is a_nameless_function.<locals>.<lambda>, which can't be pickled for the"
     ):
@@ -517,7 +530,7 @@ def test_function_that_can_t_be_pickled_is_refused_by_name(kind: str, pools: dic
 
 
 def test_loky_takes_functions_of_no_module_and_refuses_what_it_can_t_pickle(
-    pools: dict[str, Executor],
+    pools: Pools,
 ) -> None:
     pool = pools["loky"]
 
@@ -543,11 +556,9 @@ def test_loky_takes_functions_of_no_module_and_refuses_what_it_can_t_pickle(
 
 def test_function_that_can_t_be_unpickled_ends_the_job(pool: Executor) -> None:
     with pytest.raises(
-        BrokenExecutor, match=r"stage two's ToOtherProcess can't be unpickled in another pro.*home"
+        BrokenExecutor, match=r"stage two's ToOtherProcess can't be unpickled where it is to run.*home"
     ):
-        run_two_stage(
-            range(9), double, Stage(ToOtherProcess(os.getpid()), executor=pool), return_exceptions=True
-        )
+        run_two_stage(range(9), double, Stage(ToOtherProcess(place()), executor=pool), return_exceptions=True)
     assert works(pool)
 
 
@@ -565,7 +576,7 @@ def test_item_that_can_t_travel_fails_alone_and_once(pool: Executor) -> None:
     )
     assert results[:2] + results[4:] == ["INT", "STR", "FLOAT", "NONETYPE"]
     assert "stage one's names was to be given a Unpicklable that can't be pickled: cannot" in str(results[2])
-    assert "was to be given what can't be unpickled in another process: it goes one way" in str(results[3])
+    assert "was to be given what can't be unpickled where it runs: it goes one way" in str(results[3])
     assert [one.__notes__[0][-9:] for one in results[2:4]] == ["1 attempt"] * 2
     assert works(pool)
 
@@ -605,198 +616,8 @@ def test_answer_that_can_t_travel_is_its_items_failure_by_name(pool: Executor) -
     assert works(pool)
 
 
-def test_stages_of_two_pools_pass_on_what_both_can_pickle(pools: dict[str, Executor]) -> None:
+def test_stages_of_two_pools_pass_on_what_both_can_pickle(pools: Pools) -> None:
     first: Any = Stage(double, executor=pools["loky"])
     assert run_two_stage(range(9), first, Stage(double, executor=pools["spawn"])) == [
         4 * number for number in range(9)
     ]
-
-
-# --- a process that is killed
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("job", "return_exceptions"), [(run, True), (iterate, True), (iterate_in_order, False)]
-)
-def test_killed_process_ends_the_job_as_the_pools_error(
-    kind: str, job: Run, *, return_exceptions: bool
-) -> None:
-    """Its call is the last of all, so that no `submit` says it afterwards."""
-    with new_pool(kind) as pool:
-        first = Stage(double, executor=pool)
-        with pytest.raises(BrokenExecutor) as raised:
-            job(
-                range(20),
-                first,
-                Stage(partial(die_at, 38), executor=pool),
-                return_exceptions=return_exceptions,
-            )
-        assert not hasattr(raised.value, "__notes__")
-
-
-@pytest.mark.parametrize("kind", ["spawn", "loky"])
-def test_killed_process_ends_the_job_though_calls_wait_to_be_tried_again(kind: str) -> None:
-    with new_pool(kind, 1) as pool, pytest.raises(BrokenExecutor):
-        run_two_stage(
-            range(4), Stage(double), Stage(fail_until_the_end, executor=pool), return_exceptions=True
-        )
-
-
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("kind", ["spawn", "loky"])
-def test_pool_that_has_ended_before_the_job_is_an_error_and_the_source_is_closed(
-    kind: str, *, broken: bool
-) -> None:
-    source = (number for number in range(9))
-    with new_pool(kind, 1) as pool:
-        if broken:
-            assert isinstance(pool.submit(die_at, 1, 1).exception(PATIENCE), BrokenExecutor)
-        pool.shutdown()
-        with pytest.raises(BrokenExecutor if broken else RuntimeError, match=r"terminated|after shutdown"):
-            run_two_stage(source, Stage(double, executor=pool), double)
-    assert list(source) == []  # closed
-
-
-# --- fork
-
-
-@contextmanager
-def script(folder: Path, text: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Runs a script, as a file, since other processes import it, and in a group that can be interrupted."""
-    path = folder / "script.py"
-    path.write_text(dedent(text))
-    with subprocess.Popen(  # noqa: S603 - a script of this file
-        [sys.executable, *options, path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):  # there is nobody left, unless the test has failed
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-FORK: Final = """
-    import threading
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    from twostage import Stage, iter_two_stage, run_two_stage
-
-    def who(item):
-        return threading.current_thread().name
-
-    def several(name):
-        return name, threading.active_count()
-
-    if __name__ == "__main__":
-        BEFORE
-        with ProcessPoolExecutor(2, get_context("fork")) as pool:
-            results = run_two_stage(range(20), Stage(who, executor=pool), Stage(several, executor=pool))
-            print(set(results), flush=True)
-            run_two_stage(range(20), Stage(who, executor=pool), len)
-        AFTER
-"""
-
-
-def forked(tmp_path: Path, before: str = "", after: str = "") -> tuple[str, str]:
-    text = FORK.replace("BEFORE", before or "pass").replace("AFTER", after or "pass")
-    with script(tmp_path, text, "-W", "always") as process:
-        output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
-    return output, errors
-
-
-def test_fork_is_done_before_there_are_threads_of_ours_and_without_a_warning(tmp_path: Path) -> None:
-    assert forked(tmp_path) == ("{('MainThread', 1)}\n", "")
-
-
-def test_fork_beside_a_thread_is_warned_of_once_at_the_users_line(tmp_path: Path) -> None:
-    over = "over = threading.Event(); threading.Thread(target=over.wait).start()"
-    output, errors = forked(tmp_path, over, "over.set()")
-    assert output == "{('MainThread', 1)}\n"
-    ours = [line for line in errors.splitlines() if "RuntimeWarning" in line]
-    assert len(ours) == 1
-    assert "script.py:16: RuntimeWarning: the executor's processes were forked while 2 threads ran" in ours[0]
-    assert 'mp_context=multiprocessing.get_context("spawn")' in ours[0]
-
-
-@pytest.mark.parametrize("kind", ["spawn", "forkserver", "loky"])
-def test_other_ways_to_start_a_process_are_not_warned_of(kind: str) -> None:
-    over = threading.Event()
-    thread = threading.Thread(target=over.wait)
-    thread.start()
-    try:
-        with new_pool(kind, 1) as pool:
-            assert run_two_stage(range(3), double, Stage(double, executor=pool)) == [0, 4, 8]
-    finally:
-        over.set()
-        thread.join()
-
-
-def test_importing_the_library_imports_nothing_of_processes() -> None:
-    code = "import sys, twostage; print([name for name in sys.modules if 'multiprocessing' in name])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - as above
-    assert done.stdout == "[]\n"
-
-
-# --- Ctrl-C
-
-INTERRUPTED: Final = """
-    import os, time
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    import loky
-    from twostage import Stage, run_two_stage
-
-    def say(text):
-        os.write(1, f"{text}\\n".encode())
-
-    class Item:
-        def __init__(self, number):
-            self.number = number
-
-        def __reduce__(self):  # in the main process, when it leaves
-            say("left")
-            return int, (self.number,)
-
-    def fetch_result(number):
-        say("begun")
-        for _ in range(60_000 if number < 2 else 0):  # a signal just before a sleep does not wake it
-            time.sleep(0.01)
-        return number
-
-    if __name__ == "__main__":
-        with POOL as pool:
-            stage = Stage(fetch_result, executor=pool, workers=WORKERS)
-            try:
-                run_two_stage(map(Item, range(100)), list, stage, batch_size=100)
-            except KeyboardInterrupt:
-                say("interrupted")
-                raise
-"""
-
-
-@pytest.mark.parametrize(("kind", "workers"), [("fork", 3), ("spawn", 3), ("forkserver", 3), ("loky", 5)])
-def test_ctrl_c_ends_the_running_calls_and_begins_no_other(kind: str, workers: int, tmp_path: Path) -> None:
-    """So many calls leave for two processes at once; those that wait there can't be cancelled."""
-    pool = (
-        "loky.ProcessPoolExecutor(2)" if kind == "loky" else f"ProcessPoolExecutor(2, get_context({kind!r}))"
-    )
-    text = INTERRUPTED.replace("POOL", pool).replace("WORKERS", str(workers))
-    with script(tmp_path, text) as process:
-        assert process.stdout is not None
-        said: Counter[str] = Counter()
-        while said != {"left": workers, "begun": 2}:
-            line = process.stdout.readline()
-            assert line, process.communicate()
-            said[line.strip()] += 1
-        os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=PATIENCE)
-    assert output == "interrupted\n"
-    assert errors.count("Traceback") == 1
-    assert errors.endswith("\nKeyboardInterrupt\n")
-    assert process.returncode == -signal.SIGINT

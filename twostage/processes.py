@@ -1,4 +1,4 @@
-"""The border to another process: calls go there, and answers come back, as bytes of our own.
+"""The border to another process or interpreter: calls go there, and answers come back, as bytes of our own.
 
 A pool of processes breaks for good, or one of its processes dies, when something that it moves can't be
 unpickled. So all that it moves is bytes, unpickled under a `try` on either side: what is wrong with them is
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import pickle
+import runpy
 import sys
 import threading
 import time
 import traceback
 from concurrent.futures import BrokenExecutor
 from functools import cache, partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from twostage.clients import status_of
@@ -47,6 +49,7 @@ __all__ = [
 
 # By package and name along the MRO, so that neither multiprocessing nor loky is imported for it.
 STANDARD_POOL = ("concurrent", "ProcessPoolExecutor")
+INTERPRETERS = ("concurrent", "InterpreterPoolExecutor")
 LOKY_POOLS = {("loky", "ProcessPoolExecutor"), ("joblib", "ProcessPoolExecutor")}
 DASK = ("distributed", "ClientExecutor")
 MPI = ("mpi4py", "MPIPoolExecutor")
@@ -63,6 +66,20 @@ class Reply(NamedTuple):
         return "<Reply>"  # tokens and results can be read in it
 
 
+class Home(NamedTuple):
+    """What an interpreter is to know of the one that the job runs in.
+
+    Attributes:
+        path: Where modules are looked for.
+        is_module: Whether the main one was run by its name, as by `python -m`.
+        main: Its name, or its file's.
+    """
+
+    path: tuple[str, ...]
+    is_module: bool
+    main: str
+
+
 class Sent(partial[Reply]):
     """What goes there: a function of ours, and its arguments, pickled."""
 
@@ -72,11 +89,11 @@ class Sent(partial[Reply]):
 
 def pickles_by_value(executor: Executor) -> bool:
     """Whether an executor, if it pickles at all, may do so with functions and classes of no module."""
-    return STANDARD_POOL not in kinds_of(executor)
+    return not kinds_of(executor) & {STANDARD_POOL, INTERPRETERS}
 
 
 def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
-    """Checks that a function can be sent to the executor's processes, if it is known to have some.
+    """Checks that a function can be sent to the executor's processes or interpreters, if it has some.
 
     Raises:
         TypeError: It can't.
@@ -85,20 +102,24 @@ def check_pickling(fetch: Callable[[Any], Any], executor: Executor) -> None:
     if error is not None:
         what = "one that" if pickles_by_value(executor) else "one of a module's top level, that"
         raise TypeError(
-            f"fetch is {name_of(fetch)}, which can't be pickled for the processes of its executor "
+            f"fetch is {name_of(fetch)}, which can't be pickled for the {_whose(executor)} of its executor "
             f"({_text(error)}); expected {what} can be"
         ) from error
 
 
 def why_not(value: object, executor: Executor) -> Exception | None:
-    """Returns why a value can't be sent to an executor's processes, if it is known to have some."""
-    if not kinds_of(executor) & {STANDARD_POOL, *LOKY_POOLS, DASK, MPI}:
+    """Returns why a value can't be sent to an executor's processes or interpreters, if it has some."""
+    if not kinds_of(executor) & {STANDARD_POOL, INTERPRETERS, *LOKY_POOLS, DASK, MPI}:
         return None
     try:
         _dumps(value, by_value=pickles_by_value(executor))
     except Exception as error:  # noqa: BLE001 - anything of the user's can raise anything when it is pickled
         return error
     return None
+
+
+def _whose(executor: Executor) -> str:
+    return "interpreters" if INTERPRETERS in kinds_of(executor) else "processes"
 
 
 def is_dask(executor: Executor) -> bool:
@@ -130,9 +151,11 @@ def start_processes(executor: Executor) -> None:
 # --- here
 
 
-def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value: bool) -> tuple[Any, ...]:
-    """Returns what makes a call in another process, as `__reduce__` does."""
+def sent(stage: str, fetch: Callable[[Any], Any], argument: object, executor: Executor) -> tuple[Any, ...]:
+    """Returns what makes a call in another process or interpreter, as `__reduce__` does."""
     left = time.time()
+    by_value = pickles_by_value(executor)
+    home = _home() if INTERPRETERS in kinds_of(executor) else None
     function = f"{stage}'s {name_of(fetch)}"
     try:
         packed = _dumps(argument, by_value=by_value)
@@ -140,7 +163,15 @@ def sent(stage: str, fetch: Callable[[Any], Any], argument: object, *, by_value:
         kind = type(_culprit(argument, by_value=by_value)).__name__
         text = f"{function} was to be given a {kind} that can't be pickled: {_text(error)}"
         return Sent, (_refuse, text, by_value)
-    return Sent, (_attempt, function, by_value, left, _dumps(fetch, by_value=by_value), packed)
+    return Sent, (_attempt, function, by_value, left, home, _dumps(fetch, by_value=by_value), packed)
+
+
+def _home() -> Home | None:
+    """Returns how another interpreter finds what is here; `None` if the main module has no file."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = getattr(main, "__file__", None) if spec is None else spec.name
+    return None if name is None else Home(tuple(sys.path), spec is not None, name)
 
 
 def received(stage: str, fetch: Callable[[Any], Any], answer: object) -> tuple[object, BaseException | None]:
@@ -164,26 +195,35 @@ def _culprit(argument: object, *, by_value: bool) -> object:
     return argument
 
 
-# --- in the other process
+# --- in the other process or interpreter
 
 
 _interrupted: list[float] = []
 """When Ctrl-C has interrupted a call in this process for the last time."""
 
 
-def _attempt(function: str, by_value: bool, left: float, fetch: bytes, argument: bytes) -> Reply:  # noqa: FBT001 - pickled by place
+def _attempt(
+    function: str,
+    by_value: bool,  # noqa: FBT001 - pickled by place
+    left: float,
+    home: Home | None,
+    fetch: bytes,
+    argument: bytes,
+) -> Reply:
     if _interrupted and left <= _interrupted[-1]:
         # It was on its way already, which nobody can cancel, and nobody waits for any more.
         return _reply(None, KeyboardInterrupt(), by_value=by_value)
     try:
+        if home is not None:
+            _load_main(home)
         call: Callable[[Any], Any] = pickle.loads(fetch)  # noqa: S301 - as the pool does
     except Exception as error:
         # No call will do better, so that it ends the job.
-        raise BrokenExecutor(f"{function} can't be unpickled in another process: {_text(error)}") from error
+        raise BrokenExecutor(f"{function} can't be unpickled where it is to run: {_text(error)}") from error
     try:
         given = pickle.loads(argument)  # noqa: S301 - as above
     except Exception as error:  # noqa: BLE001 - as above
-        text = f"{function} was to be given what can't be unpickled in another process: {_text(error)}"
+        text = f"{function} was to be given what can't be unpickled where it runs: {_text(error)}"
         return _refuse(text, by_value)
     try:
         answer = call(given)
@@ -196,6 +236,16 @@ def _attempt(function: str, by_value: bool, left: float, fetch: bytes, argument:
     except Exception as error:  # noqa: BLE001 - as above
         text = f"{function} returned a {type(answer).__name__} that can't be pickled: {_text(error)}"
         return _reply(None, TypeError(text), by_value=by_value)
+
+
+@cache
+def _load_main(home: Home) -> None:
+    """Has this interpreter know what a spawned process would: the path, and the main module by that name."""
+    sys.path[:] = home.path
+    run = runpy.run_module if home.is_module else runpy.run_path
+    main = ModuleType("__mp_main__")
+    main.__dict__.update(run(home.main, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
 
 
 def _refuse(text: str, by_value: bool) -> Reply:  # noqa: FBT001 - as above

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.calls import told
 from twostage.errors import AttemptTimeout
-from twostage.processes import is_dask, pickles_by_value, received, sent, start_processes
+from twostage.processes import is_dask, received, sent, start_processes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -181,8 +181,7 @@ class _Attempt:
         if self._work.rated:
             self._call.began = self._clock()  # it leaves now; nobody here will see it begin
         assert self._work.executor is not None  # noqa: S101 - for the type checker
-        by_value = pickles_by_value(self._work.executor)
-        return sent(self._work.stage, self._work.fetch, self._argument, by_value=by_value)
+        return sent(self._work.stage, self._work.fetch, self._argument, self._work.executor)
 
 
 class ExecutorRunner(Runner):
