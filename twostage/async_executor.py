@@ -14,6 +14,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 from twostage.errors import without_our_frames
+from twostage.processes import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -277,7 +278,7 @@ class _LoopThread:
             if future.begin():
                 coroutine = ended(function, *args, **kwargs)
                 try:
-                    task = loop.create_task(coroutine, context=context)
+                    task = loop.create_task(coroutine, name=name_of(function), context=context)
                 except BaseException as error:  # noqa: BLE001 - a task factory's, for who submits
                     coroutine.close()
                     future.end(None, error)

@@ -260,7 +260,9 @@ class TaskReader(Runner):
         self._wanted += items
         self._more.set()
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._read(), context=self._variables)
+            self._task = asyncio.get_running_loop().create_task(
+                self._read(), name="twostage: source", context=self._variables
+            )
             self._task.add_done_callback(self._end)
 
     def _leave(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import math
+import sys
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from types import coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from twostage.async_executor import LOT, ended
+from twostage.processes import name_of
 from twostage.runners import Runner, cancelled, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class TaskRunner(Runner):
         # coordinator that gives it up, has it. `_busy` goes down before the loop looks for a next call,
         # and calls are handed over before the coordinator looks at `_busy`: one of the two sees them.
         self._loop: asyncio.AbstractEventLoop | None = None  # once calls may begin
+        self._task_options: dict[str, Any] = {"name": task_name(work.stage, work.fetch)}
         self._closing = asyncio.Event()
         self._woken = False  # a look at what was handed over is on its way
         self._tasks: set[Task] = set()  # or nobody but a cycle may hold them
@@ -183,10 +186,13 @@ class TaskRunner(Runner):
     # --- in the loop's thread
 
     async def _serve(self) -> None:
+        cast("Task", asyncio.current_task()).set_name(f"twostage: {self._work.stage}")
         has_one = self._work.context is not None
         async with made_context(self._work) if has_one else nullcontext() as value:
             self._values = (value,) if has_one else ()
             self._loop = asyncio.get_running_loop()
+            if can_be_eager(self._loop):  # a turn of the loop less for each
+                self._task_options["eager_start"] = True
             self._fill()
             try:
                 await self._closing.wait()
@@ -214,7 +220,7 @@ class TaskRunner(Runner):
         self._busy += 1
         self._beginning += 1
         place = _Place()
-        task = asyncio.get_running_loop().create_task(self._go_on(place))
+        task = asyncio.get_running_loop().create_task(self._go_on(place), **self._task_options)
         self._tasks.add(task)
         task.add_done_callback(partial(self._task_ended, place))
         return not place.has_failed  # as an eager one may already
@@ -272,6 +278,17 @@ class TaskRunner(Runner):
             if task.cancelling():  # it is not the next one that was meant
                 break
         self._busy -= 1
+
+
+def task_name(stage: str, fetch: object) -> str:
+    """Returns what a stage's tasks are called where a debugger or `python -m asyncio ps` lists them."""
+    return f"twostage: {stage}, {name_of(fetch)}"
+
+
+def can_be_eager(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether a task can begin as it is made: from Python 3.14 on, if nobody else makes the loop's tasks."""
+    is_asyncios = isinstance(loop, asyncio.BaseEventLoop)
+    return sys.version_info >= (3, 14) and is_asyncios and loop.get_task_factory() is None
 
 
 class _Place:
