@@ -57,9 +57,12 @@ def iterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 
         return [outcome.result if outcome.exception is None else outcome.exception for outcome in outcomes]
 
 
+HTTP_CLIENTS: Final = ("azure.core", "botocore", "google.api_core", "grpc", "httpx2", "openai")
+
+
 def needs_clients(*modules: str) -> None:
     """Skips a test, or a module of tests, that wants what only the extra `test-clients` brings."""
-    for module in modules:
+    for module in modules or HTTP_CLIENTS:
         pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[test-clients]'")
 
 

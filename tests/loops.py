@@ -41,17 +41,20 @@ class Gate:
         self.came = 0
         self._event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_open = False
 
     async def __call__(self, answer: Any = None) -> Any:  # noqa: ANN401 - hands on what it got
         self._loop = asyncio.get_running_loop()
         self.came += 1
-        await self._event.wait()
+        if not self._is_open:  # one of the two sees what the other has set: this, or `open` the loop
+            await self._event.wait()
         return answer
 
     def hold(self, number: int = 1) -> None:
         until(lambda: self.came == number, f"{number} at the gate")
 
     def open(self) -> None:
+        self._is_open = True
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._event.set)
 

@@ -1,8 +1,16 @@
 """The same by clients that a part of the users have, which the extra `test-clients` brings."""
 
+# ruff: noqa: E402 - what is imported last may not be there
+
 from __future__ import annotations
 
 from typing import Any
+
+import requests
+from common import needs_clients
+from requesting import LONG
+
+needs_clients()
 
 import botocore.config
 import botocore.session
@@ -10,10 +18,8 @@ import google.api_core.exceptions
 import grpc
 import httpx2
 import openai
-import requests
 from azure.core import PipelineClient
 from azure.core.rest import HttpRequest
-from requesting import LONG
 
 
 def httpx2_get(url: str, timeout: float = LONG) -> None:

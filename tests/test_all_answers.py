@@ -294,11 +294,11 @@ def streamed_in_order(setting: Setting, items: Sequence[Item], *, many: bool) ->
     return streamed(setting, items, many=many, ordered=True)
 
 
-each_form = pytest.mark.parametrize(
-    ("form", "items"),
-    [(listed, FAR_APART), (streamed, CLOSE), (streamed_in_order, CLOSE)],
-    ids=["list", "stream", "stream in order"],
-)
+FORMS: Final = [
+    pytest.param(listed, FAR_APART, id="list"),
+    pytest.param(streamed, CLOSE, id="stream"),
+    pytest.param(streamed_in_order, CLOSE, id="stream in order"),
+]
 
 
 def assert_job_is_right(form: Callable[..., list[Any]], items: Sequence[Item], *, many: bool) -> None:
@@ -313,11 +313,14 @@ def assert_job_is_right(form: Callable[..., list[Any]], items: Sequence[Item], *
         assert_calls_no_more_than_the_rules_allow(setting, many=many)
 
 
-@each_form
+@pytest.mark.parametrize(
+    ("form", "items"),
+    [FORMS[0], *(pytest.param(*one.values, id=one.id, marks=pytest.mark.slow) for one in FORMS[1:])],
+)
 def test_job_with_one_token_an_item(form: Callable[..., list[Any]], items: Sequence[Item]) -> None:
     assert_job_is_right(form, items, many=False)
 
 
-@each_form
+@pytest.mark.parametrize(("form", "items"), FORMS)
 def test_job_with_many_tokens_an_item(form: Callable[..., list[Any]], items: Sequence[Item]) -> None:
     assert_job_is_right(form, items, many=True)

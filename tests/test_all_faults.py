@@ -151,8 +151,8 @@ def assert_calls_no_more_than_needed(
 @pytest.mark.parametrize(
     ("form", "many"),
     [
-        (listed, True),
         (streamed, False),
+        pytest.param(listed, True, marks=pytest.mark.slow),
         pytest.param(listed, False, marks=pytest.mark.slow),
         pytest.param(streamed, True, marks=pytest.mark.slow),
     ],

@@ -383,7 +383,7 @@ def test_failure_waits_for_what_runs(job: Run, ending: threading.Event, *, await
         raise error
 
     with released_at(ending, calls), pytest.raises(LookupError) as raised:
-        job(itertools.count(), first, calls.stage)
+        job(itertools.count(), first, calls.stage, token_workers=1)
     assert raised.value is error
     assert len(calls.done) == len(calls.begun) == WORKERS
     assert not ours()

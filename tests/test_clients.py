@@ -18,7 +18,7 @@ import pytest
 from common import needs_clients
 from requesting import aiohttp_get, failure_of, httpx_get, requests_get, urllib3_get_checked, urllib_get
 
-needs_clients("azure.core", "botocore", "google.api_core", "grpc", "httpx2", "openai")
+needs_clients()
 
 import azure.core.exceptions
 import botocore.exceptions

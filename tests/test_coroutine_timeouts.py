@@ -301,6 +301,7 @@ def test_left_job_awaits_what_runs_and_not_what_was_given_up(
         assert sum(fetch.began.values()) == 4
 
 
+@pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, SystemExit, LeaveError, None])
 def test_late_end_is_dropped_whatever_it_is(
     error: type[BaseException] | None, clock: Clock, on: dict[str, Any], caplog: pytest.LogCaptureFixture

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import tenacity
+from common import needs_clients
 
 import twostage.__main__ as demonstration
 from twostage import _ways_through_faults as ways
@@ -345,10 +346,11 @@ def test_all_faults_are_tried() -> None:
         ("spikes", 0.1),
         ("resets", 0.1),
         ("truncated", 0.1),
-        ("hangs", 0.02),  # each takes as long as the client waits
-        ("throttled", 0.03),
         ("bursts", 0.1),
-        ("outage", 0.02),
+        # These wait: for the client to give up, for as long as was asked, for probes.
+        pytest.param("hangs", 0.02, marks=pytest.mark.slow),
+        pytest.param("throttled", 0.03, marks=pytest.mark.slow),
+        pytest.param("outage", 0.02, marks=pytest.mark.slow),
     ],
 )
 def test_job_goes_through_each_fault_of_requests(
@@ -576,6 +578,7 @@ sys.exit(demonstration.main(["--items", "5", "--faults", "0"]))
 def test_picture_events_and_trace_are_written_and_the_trace_makes_a_plan(
     quick: type[QuickApi], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    needs_clients("matplotlib")
     plot, perfetto, trace = (tmp_path / name for name in ("plot.svg", "events.json", "trace.json"))
     options = ("--items", "60", "--batch-size", "20", "--faults", "0", "--result-workers", "8")
     files = ("--plot", str(plot), "--perfetto", str(perfetto), "--trace", str(trace))

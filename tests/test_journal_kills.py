@@ -141,11 +141,12 @@ def recorded(path: Path, *, many: bool) -> tuple[set[int], set[str]]:
 @pytest.mark.parametrize(
     ("kills", "many"),
     [
-        (30, False),
+        (8, False),
+        pytest.param(30, False, marks=pytest.mark.slow),
         pytest.param(10, True, marks=pytest.mark.slow),
         pytest.param(200, False, marks=pytest.mark.slow),
     ],
-    ids=["30 kills", "many tokens", "200 kills"],
+    ids=["8 kills", "30 kills", "many tokens", "200 kills"],
 )
 def test_killed_job_goes_on_and_repeats_nothing(tmp_path: Path, api: Api, kills: int, *, many: bool) -> None:
     path = tmp_path / "journal"

@@ -112,7 +112,7 @@ def test_probes_of_an_outage_of_250_s_are_43_on_average() -> None:
 @pytest.mark.parametrize(
     "share", [0.4, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.25, 0.3))]
 )
-@pytest.mark.parametrize("workers", [8, 32])
+@pytest.mark.parametrize("workers", [8, pytest.param(32, marks=pytest.mark.slow)])
 def test_calls_that_fail_at_a_steady_share_are_no_outage(
     share: float, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

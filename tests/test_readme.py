@@ -11,15 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import opentelemetry.metrics
-import opentelemetry.trace
 import pytest
-from common import until
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from common import needs_clients, until
 
 from twostage import Journal, run_two_stage
 from twostage._embedded_answers import orders_of, result_of, token_of
@@ -54,6 +47,7 @@ def test_every_block_runs(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
+    needs_clients("distributed", "filelock", "opentelemetry.sdk", "pydantic", "pyrate_limiter")
     monkeypatch.chdir(tmp_path)  # where a block makes a file
     module = ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)  # dataclasses look their module up
@@ -85,6 +79,8 @@ def test_every_block_runs(
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=["processes", "shards"])
 def test_script_prints_what_it_says(block: str, api: EmbeddedApi, tmp_path: Path) -> None:
+    if "dask" in block:
+        needs_clients("distributed")
     script = tmp_path / "script.py"
     script.write_text(block.replace("https://api.example.com", api.url), encoding="utf-8")
     ran = subprocess.run(  # noqa: S603 - it is ours
@@ -103,6 +99,15 @@ def test_every_block_is_found() -> None:
 
 
 def test_telemetry_reaches_the_real_sdk(api: EmbeddedApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_clients("opentelemetry.sdk")
+    import opentelemetry.metrics  # noqa: PLC0415 - it may not be there, and so on
+    import opentelemetry.trace  # noqa: PLC0415
+    from opentelemetry.sdk.metrics import MeterProvider  # noqa: PLC0415
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter  # noqa: PLC0415
+
     spans, counts = InMemorySpanExporter(), InMemoryMetricReader()
     tracing, metering = TracerProvider(), MeterProvider([counts])
     tracing.add_span_processor(SimpleSpanProcessor(spans))

@@ -421,6 +421,7 @@ def test_perfetto_gets_an_event_for_each_attempt_and_others_for_waits_and_pauses
 
 @pytest.mark.parametrize("many", [False, True])
 def test_plot_has_two_panels_of_the_same_time(tmp_path: Path, *, many: bool) -> None:
+    needs_clients("matplotlib")
     trace = traced(range(4000)) if many else traced()
     file = tmp_path / "trace.png"
     figure = trace.plot(file)

@@ -34,15 +34,15 @@ GAP = 0.06  # of all lanes, between the stages
 
 def plot(trace: Trace, path: str | os.PathLike[str] | None) -> Figure:
     """Returns a figure of a trace, and writes it to a file if there is to be one."""
+    attempts = {stage: trace.stage(stage) for stage in (1, 2)}
+    if not len(trace):
+        raise ValueError("the trace has no attempts: nothing was asked for")
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ImportError(
             "a plot needs matplotlib, which is not installed: pip install 'twostage[plot]'"
         ) from error
-    attempts = {stage: trace.stage(stage) for stage in (1, 2)}
-    if not len(trace):
-        raise ValueError("the trace has no attempts: nothing was asked for")
     seconds = max(trace.seconds, *(max(one.ended, default=0.0) for one in attempts.values())) or 1.0
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
