@@ -239,7 +239,7 @@ class _LoopThread:
     def finish(self, *, cancel_futures: bool = False) -> None:
         with self._lock:
             self._finishing = True
-            calls = list(self._waiting) if cancel_futures else []
+            calls = self._waiting.copy() if cancel_futures else ()  # in one step, as the loop takes of them
         for call in calls:
             call.future.cancel()
         self.call(self._begin)
