@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from common import PATIENCE
 
 from twostage import Outcome
-from twostage.completions import Completions
-from twostage.runners import Work
+from twostage.base.as_completed import Completions
+from twostage.running.on_executor import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twostage.calls import Call
-    from twostage.completions import Event
-    from twostage.runners import Clock, Runner
+    from twostage.base.as_completed import Event
+    from twostage.base.records import Call
+    from twostage.running.on_executor import Clock, Runner
 
 
 class Alone:

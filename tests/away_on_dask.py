@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from twostage._embedded_client import Client
+from twostage.demo.client import Client
 
 DEADLY = 21
 

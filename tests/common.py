@@ -22,7 +22,7 @@ from twostage import is_transient, iter_two_stage, run_two_stage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from twostage.completions import Completions
+    from twostage.base.as_completed import Completions
 
 Run: TypeAlias = "Callable[..., list[Any]]"
 

@@ -13,8 +13,8 @@ from common import Clock, ours
 from loops import LOOPS
 
 from twostage import AsyncExecutor
-from twostage.completions import Completions
-from twostage.coordinator import Coordinator
+from twostage.base.as_completed import Completions
+from twostage.core.coordinator import Coordinator
 from twostage.testing import VirtualTime
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from loops import LoopFactory
 
-    from twostage.completions import Event
+    from twostage.base.as_completed import Event
 
 
 def pytest_collection_finish() -> None:
@@ -101,8 +101,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
             clock.waits.append(timeout)
             return super().take(timeout)
 
-    monkeypatch.setattr("twostage.driver.Completions", Watched)
-    monkeypatch.setattr("twostage.driver.time", clock)
+    monkeypatch.setattr("twostage.job.driver.Completions", Watched)
+    monkeypatch.setattr("twostage.job.driver.time", clock)
     return clock
 
 

@@ -16,7 +16,7 @@ from twostage.testing import ApiError, VirtualTime, sleep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from twostage.coordinator import Coordinator
+    from twostage.core.coordinator import Coordinator
 
 __all__ = ["Answers", "Pace", "Plan", "check", "drawn_plan"]
 

@@ -12,8 +12,8 @@ from fakes import Fake, Made, outcomes_of, stage
 from pacing import AnsweredError, answered_between, asking, failing, most_at_once, starts
 
 from twostage import run_two_stage
+from twostage.failing.transient import GATEWAY_TIMEOUT
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
-from twostage.transient import GATEWAY_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,16 +17,16 @@ from common import PATIENCE
 from tenacity import wait_random
 
 from twostage import MissingToken, Stage, iter_two_stage, run_two_stage
-from twostage._embedded_answers import ApiError, ExpiredToken, orders_of, result_of, token_of
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client
-from twostage._ways_through_faults import PATIENT
+from twostage.demo.answers import ApiError, ExpiredToken, orders_of, result_of, token_of
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import Client
+from twostage.demo.ways import PATIENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from twostage import Outcome
-    from twostage._embedded_answers import Faults, Item
+    from twostage.demo.answers import Faults, Item
 
 FAULTS: Final = {
     "errors": 0.02,

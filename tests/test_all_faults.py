@@ -15,16 +15,16 @@ import pytest
 from tenacity import wait_random
 
 from twostage import MissingToken, Stage, iter_two_stage, run_two_stage
-from twostage import _embedded_answers as answers
-from twostage._embedded_answers import ApiError, ExpiredToken, Faults, orders_of, result_of, token_of
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client
-from twostage._ways_through_faults import PATIENT
+from twostage.demo import answers
+from twostage.demo.answers import ApiError, ExpiredToken, Faults, orders_of, result_of, token_of
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import Client
+from twostage.demo.ways import PATIENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from twostage._embedded_answers import Item
+    from twostage.demo.answers import Item
 
 FAULTS: Final = {
     "errors": 0.02,

@@ -20,7 +20,7 @@ import pytest
 from common import PATIENCE, WeakItem, frames, nothing_collected, ours, switching, until
 from loops import ENDS, Gate, assert_lives, busy, double, fail, loop_of, same
 
-from twostage.async_executor import LOT
+from twostage.running.async_executor import LOT
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

@@ -32,8 +32,8 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
-from twostage._embedded_answers import result_of, token_of
-from twostage._embedded_api import EmbeddedApi
+from twostage.demo.answers import result_of, token_of
+from twostage.demo.api import EmbeddedApi
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -276,7 +276,7 @@ def test_closing_ends_what_another_task_awaits() -> None:
 def test_coroutine_that_takes_too_long_is_cancelled_on_the_callers_loop(
     monkeypatch: pytest.MonkeyPatch, *, stubborn: bool
 ) -> None:
-    monkeypatch.setattr("twostage.tasks.LONGEST_CANCEL", 0.01)
+    monkeypatch.setattr("twostage.running.tasks.LONGEST_CANCEL", 0.01)
     cancelled: list[int] = []
 
     async def hang(number: int) -> None:
@@ -410,7 +410,7 @@ def test_stream_made_without_a_loop_belongs_to_the_one_where_it_is_iterated() ->
 
 @pytest.fixture
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.002)
+    monkeypatch.setattr("twostage.job.driver.LONGEST_GET", 0.002)
 
 
 @pytest.mark.usefixtures("_looks_often")
@@ -500,7 +500,7 @@ def test_run_two_stage_warns_once_of_coroutines_where_a_loop_runs(
 SCRIPT = """
     import asyncio, itertools, threading
     from twostage import Stage, aiter_two_stage, arun_two_stage
-    from twostage.coordinator import Coordinator
+    from twostage.core.coordinator import Coordinator
 
     begun, over = [], threading.Event()
 

@@ -14,7 +14,7 @@ from common import PATIENCE, LeaveError, ours
 from fakes import each, in_virtual_time
 
 from twostage import RunTimeout, aiter_two_stage, arun_two_stage
-from twostage.sources import LONGEST_READ
+from twostage.job.sources import LONGEST_READ
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator

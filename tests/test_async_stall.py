@@ -13,8 +13,8 @@ from common import PATIENCE
 from fakes import each
 
 from twostage import Stage, aiter_two_stage, arun_two_stage
-from twostage.async_executor import LOT
-from twostage.loops import LONGEST_TURN
+from twostage.running.async_executor import LOT
+from twostage.running.callers_loop import LONGEST_TURN
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -59,7 +59,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1.0
-        monkeypatch.setattr("twostage.loops.perf_counter", lambda: self.now)
+        monkeypatch.setattr("twostage.running.callers_loop.perf_counter", lambda: self.now)
 
 
 # --- what runs in a row

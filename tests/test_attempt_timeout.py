@@ -35,11 +35,11 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
-from twostage.coordinator import LEAST_IN_PROGRESS
-from twostage.gates import HungGate
-from twostage.runners import Runner
+from twostage.core.coordinator import LEAST_IN_PROGRESS
+from twostage.failing.transient import Kind, kind_of
+from twostage.pace.rates import HungGate
+from twostage.running.on_executor import Runner
 from twostage.testing import VirtualTime, sleep
-from twostage.transient import Kind, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from common import nothing_collected
 
-from twostage.completions import Completions
+from twostage.base.as_completed import Completions
 
 if TYPE_CHECKING:
-    from twostage.completions import Event
+    from twostage.base.as_completed import Event
 
 
 def handler(_subject: object, _answer: object, _error: BaseException | None) -> None:
@@ -65,7 +65,7 @@ def test_wait_that_passes_gives_nothing() -> None:
 
 
 def test_wait_is_cut_to_what_a_queue_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twostage.completions.LONGEST_WAIT", 0.001)
+    monkeypatch.setattr("twostage.base.as_completed.LONGEST_WAIT", 0.001)
     for timeout in LONG_WAIT:
         assert Completions().take(timeout) == []
 

@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from twostage.answers import batch_check, checked_result
-from twostage.calls import Batch
-from twostage.coordinator import Coordinator
-from twostage.handover import HandOver
-from twostage.lines import Line
-from twostage.observing import Listeners
-from twostage.pace import Pace
-from twostage.reading import Reading
-from twostage.retry import Judge
-from twostage.runners import Runner
+from twostage.answers.answers import batch_check, checked_result
+from twostage.base.records import Batch
+from twostage.core.coordinator import Coordinator
+from twostage.core.handover import HandOver
+from twostage.core.lines import Line
+from twostage.core.reading import Reading
+from twostage.failing.retry import Judge
+from twostage.observing.events import Listeners
+from twostage.pace.pace import Pace
+from twostage.running.on_executor import Runner
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from twostage.calls import Call, Outcome
-    from twostage.completions import Event
+    from twostage.base.as_completed import Event
+    from twostage.base.records import Call, Outcome
 
 WAIT = 5.0
 BOUND = 12

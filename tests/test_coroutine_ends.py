@@ -136,7 +136,7 @@ def run_of_coroutines(world: World) -> None:
 
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.002)
+    monkeypatch.setattr("twostage.job.driver.LONGEST_GET", 0.002)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -150,8 +150,8 @@ def test_interrupt_at_any_line_of_the_callers_half_ends_the_job() -> None:
 SCRIPT: Final = """
     import asyncio, atexit, logging, signal, threading, time
     from twostage import AsyncExecutor, Stage, iter_two_stage, run_two_stage
-    from twostage.coordinator import Coordinator
-    from twostage.outcomes import Job
+    from twostage.core.coordinator import Coordinator
+    from twostage.job.outcomes import Job
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
     ALWAYS = Retrying(retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(9), wait=wait_none())

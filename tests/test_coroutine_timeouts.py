@@ -122,7 +122,7 @@ def released(*functions: Hanging) -> Iterator[None]:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the end of a job wait for hardly anything that was given up."""
-    monkeypatch.setattr("twostage.tasks.LONGEST_CANCEL", 0.01)
+    monkeypatch.setattr("twostage.running.tasks.LONGEST_CANCEL", 0.01)
 
 
 def begun(outcomes: Any) -> dict[Any, Any]:  # noqa: ANN401 - of anything

@@ -42,13 +42,13 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
-from twostage.gates import RateGate
+from twostage.pace.rates import RateGate
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from twostage.calls import Call
+    from twostage.base.records import Call
 
 HOUR: Final = Retrying(
     retry=retry_if_exception_type(ConnectionError), stop=stop_after_attempt(2), wait=wait_fixed(3600)

@@ -17,11 +17,11 @@ import tenacity
 from common import needs_clients
 
 import twostage.__main__ as demonstration
-from twostage import _ways_through_faults as ways
 from twostage import run_two_stage
-from twostage._embedded_answers import FAULTS, ApiError, Faults, result_of, token_of
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client
+from twostage.demo import ways
+from twostage.demo.answers import FAULTS, ApiError, Faults, result_of, token_of
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,7 +193,7 @@ def test_retries_are_counted(
     quick: type[QuickApi], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demonstration, "wait_random_exponential", lambda **_: tenacity.wait_none())
-    monkeypatch.setattr("twostage.retry.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("twostage.failing.retry.FIRST_WAIT", 0.0)
     table = table_of(capsys, "--items", "50", "--faults", "0.1", "--batch-size", "5", "--seed", "1")
     assert table.calls == [100, 100, 100, 60]
     assert all(retries > 0 for retries in table.retries)

@@ -18,7 +18,7 @@ import pytest
 from common import PATIENCE, until
 
 from twostage import is_transient
-from twostage._embedded_answers import (
+from twostage.demo.answers import (
     FAULTS,
     ApiError,
     ExpiredToken,
@@ -28,14 +28,14 @@ from twostage._embedded_answers import (
     result_of,
     token_of,
 )
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client
-from twostage._embedded_fates import BURST, OUTAGE
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import Client
+from twostage.demo.fates import BURST, OUTAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from twostage._embedded_answers import Item
+    from twostage.demo.answers import Item
 
 IDS: Sequence[Item] = [*range(50), *map(str, range(50))]
 
@@ -412,7 +412,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("twostage._embedded_fates.monotonic", lambda: self.now)
+        monkeypatch.setattr("twostage.demo.fates.monotonic", lambda: self.now)
 
 
 def test_outage_befalls_every_request_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +440,7 @@ def test_outage_befalls_requests_that_came_before_it(monkeypatch: pytest.MonkeyP
             if api.attempts.total() == 1:
                 assert has_begun.wait(PATIENCE)
 
-        monkeypatch.setattr("twostage._embedded_api.time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr("twostage.demo.api.time", SimpleNamespace(sleep=sleep))
         first = pool.submit(ends_of, client, 1)
         until(lambda: api.attempts.total() == 1)
         assert ends_of(client, 1) == [502]
@@ -452,7 +452,7 @@ def latencies_of(monkeypatch: pytest.MonkeyPatch, most: float, **faults: float) 
     """Returns how long 50 requests take."""
     slept: list[float] = []
     with monkeypatch.context() as patched:
-        patched.setattr("twostage._embedded_api.time", SimpleNamespace(sleep=slept.append))
+        patched.setattr("twostage.demo.api.time", SimpleNamespace(sleep=slept.append))
         with EmbeddedApi(token_latency=most, faults=faults) as api, Client(api.url) as client:
             assert ends_of(client, 50) == [200] * 50
             assert api.answers.ids.total() == 50

@@ -19,7 +19,7 @@ from common import PATIENCE, nothing_collected, ours, ran, switching, until
 from loops import ENDS, Gate, LoopFactory, assert_lives, busy, double, fail, loop_of
 
 from twostage import AsyncExecutor
-from twostage.async_executor import LOT
+from twostage.running.async_executor import LOT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -11,8 +11,9 @@ from common import run
 from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
-from twostage import Rate, Stage, Throttled, Trace, foresee, iter_two_stage
+from twostage import Rate, Stage, Throttled, Trace, iter_two_stage
 from twostage.testing import ApiError, VirtualTime, sleep
+from twostage.tracing import foresee
 
 if TYPE_CHECKING:
     from collections.abc import Callable

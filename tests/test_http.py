@@ -17,17 +17,17 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from twostage import Stage, iter_two_stage, run_two_stage
-from twostage._embedded_answers import MOST_IDS, ApiError, result_of, token_of
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client as PlainClient
+from twostage.demo.answers import MOST_IDS, ApiError, result_of, token_of
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import Client as PlainClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from twostage import Outcome
-    from twostage._embedded_answers import Item, Result
-    from twostage._embedded_fates import Fate
+    from twostage.demo.answers import Item, Result
+    from twostage.demo.fates import Fate
 
 TOKEN_WORKERS = 3
 RESULT_WORKERS = 8
@@ -173,7 +173,7 @@ def quick_api(**settings: Any) -> Iterator[EmbeddedApi]:  # noqa: ANN401 - as Em
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twostage.retry.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("twostage.failing.retry.FIRST_WAIT", 0.001)
 
 
 def stages(client: Client, batch_size: int | None) -> tuple[Stage[Item, str], Stage[str, Result]]:
@@ -312,7 +312,7 @@ def test_status_that_passes_is_tried_again(library: Library, status: int) -> Non
 def test_what_does_not_pass_in_ten_attempts_is_raised(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twostage.retry.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("twostage.failing.retry.FIRST_WAIT", 0.0)
     with ScriptedApi("tokens", *[503] * 20) as api, library.client(api.url) as client:
         with pytest.raises(library.refused) as raised:
             run_two_stage([1], client.fetch_token, client.fetch_result)

@@ -49,9 +49,9 @@ from twostage import (
     Outcome,
     Stage,
     iter_two_stage,
-    pools,
 )
-from twostage.pools import PoolRunner
+from twostage.running import pool as pools
+from twostage.running.pool import PoolRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -494,7 +494,7 @@ def test_function_is_never_called_with_what_the_call_has_become(
             clock.advance(30)
         return outcome.token
 
-    monkeypatch.setattr("twostage.building._token", token_of)
+    monkeypatch.setattr("twostage.job.building._token", token_of)
     asked: list[str] = []
     made = itertools.count()
 
@@ -687,8 +687,8 @@ def test_interpreter_s_exit_waits_for_those_that_were_given_up() -> None:
 def test_sigint_does_not_wait_for_what_hangs(*, given_up: bool) -> None:
     """One runs when the signal comes and is awaited; another one hangs, and was given up or will be."""
     body = """
-        import twostage.driver
-        from twostage.coordinator import Coordinator
+        import twostage.job.driver
+        from twostage.core.coordinator import Coordinator
 
         class Clock:
             ahead = 0.0
@@ -697,7 +697,7 @@ def test_sigint_does_not_wait_for_what_hangs(*, given_up: bool) -> None:
             def monotonic(cls):
                 return time.monotonic() + cls.ahead
 
-        twostage.driver.time = Clock
+        twostage.job.driver.time = Clock
         ending, hangs = threading.Event(), threading.Event()
         end = Coordinator._end
 

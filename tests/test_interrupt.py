@@ -20,7 +20,7 @@ import pytest
 from common import PATIENCE, ours, until
 
 from twostage import iter_two_stage, run_two_stage
-from twostage.coordinator import Coordinator
+from twostage.core.coordinator import Coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 VISITS: Final = 2  # of a line: it may be reached in several states
 SHARES: Final = 5  # of the lines, of which a job is interrupted at one: the jobs have most lines in common
-HALF: Final = ("twostage.run", "twostage.building", "twostage.outcomes", "twostage.driver")
+HALF: Final = ("twostage.run", "twostage.job.building", "twostage.job.outcomes", "twostage.job.driver")
 
 
 class Place(NamedTuple):
@@ -222,7 +222,7 @@ SURE: Final = {
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has waits looked after often, and collects only when told, and then little."""
-    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.002)
+    monkeypatch.setattr("twostage.job.driver.LONGEST_GET", 0.002)
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -361,7 +361,7 @@ def give_up(job: Job, target: Place | None, ending: threading.Event) -> Interrup
 SCRIPT: Final = """
     import atexit, signal, threading, time
     from twostage import iter_two_stage, run_two_stage
-    from twostage.coordinator import Coordinator
+    from twostage.core.coordinator import Coordinator
 
     begun = []
 

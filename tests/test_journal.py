@@ -24,9 +24,9 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
-from twostage import recorder as recorder_module
 from twostage.__main__ import main
-from twostage.coordinator import LEAST_IN_PROGRESS
+from twostage.core.coordinator import LEAST_IN_PROGRESS
+from twostage.journal import recorder as recorder_module
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def test_one_commit_for_all_events_of_a_wake_up(path: Path, monkeypatch: pytest.
 
 def test_token_lives_as_long_as_was_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1_700_000_000.0
-    monkeypatch.setattr("twostage.recorder.time.time", lambda: now)
+    monkeypatch.setattr("twostage.journal.recorder.time.time", lambda: now)
     journal = Journal(path, token_ttl=60)
     broken = Api(token={"token a": LookupError()})
     broken.run("a", journal=journal, return_exceptions=True)

@@ -28,8 +28,8 @@ from twostage import (
     aiter_two_stage,
     iter_two_stage,
 )
-from twostage.coordinator import Coordinator
-from twostage.recorder import Recorder
+from twostage.core.coordinator import Coordinator
+from twostage.journal.recorder import Recorder
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import pytest
 from common import each_way, iterate_in_order, ours, ran, run
 
 from twostage import Journal, JournalError, Stage, iter_two_stage
-from twostage.journal_file import JournalFile
-from twostage.journal_rows import Identity
+from twostage.journal.file import JournalFile
+from twostage.journal.rows import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,7 +19,7 @@ import pytest
 from common import each_way, iterate, run, until
 
 from twostage import Journal, JournalError, iter_two_stage
-from twostage.journal_file import JournalFile
+from twostage.journal.file import JournalFile
 from twostage.testing import SimulatedApi, VirtualTime
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def test_thread_that_cannot_be_started_ends_the_job(
 ) -> None:
     """The first one is the coordinator's."""
     start, counted = threading.Thread.start, itertools.count(1)
-    monkeypatch.setattr("twostage.driver.LONGEST_GET", 0.01)
+    monkeypatch.setattr("twostage.job.driver.LONGEST_GET", 0.01)
 
     def fail_once(thread: threading.Thread) -> None:
         if thread.name.startswith("twostage") and next(counted) == nth:

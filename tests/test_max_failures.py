@@ -16,7 +16,7 @@ from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from twostage import RunTimeout, TooManyFailures, iter_two_stage, run_two_stage
-from twostage.coordinator import Coordinator
+from twostage.core.coordinator import Coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable

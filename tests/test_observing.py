@@ -27,7 +27,7 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
-from twostage.observing import Attempt, HeldBack, JobBegan, JobEnded, Listeners, RetryDue
+from twostage.observing.events import Attempt, HeldBack, JobBegan, JobEnded, Listeners, RetryDue
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:

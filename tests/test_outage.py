@@ -23,7 +23,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from twostage import RunTimeout, is_transient, outages, run_two_stage
+from twostage import RunTimeout, is_transient, run_two_stage
+from twostage.pace import outages
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:

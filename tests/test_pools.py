@@ -21,16 +21,18 @@ from alone import Alone, number_of, numbered
 from common import PATIENCE, WeakItem, frames, nothing_collected, ours, until
 from loops import ENDS, LOOPS, assert_lives
 
-from twostage import AsyncExecutor, AttemptTimeout, Outcome, pools, tasks
-from twostage.async_executor import LOT
-from twostage.pools import PoolRunner
-from twostage.tasks import CALLS_A_TASK, TaskRunner
+from twostage import AsyncExecutor, AttemptTimeout, Outcome
+from twostage.running import pool as pools
+from twostage.running import tasks
+from twostage.running.async_executor import LOT
+from twostage.running.pool import PoolRunner
+from twostage.running.tasks import CALLS_A_TASK, TaskRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from twostage.calls import Call
-    from twostage.runners import Runner
+    from twostage.base.records import Call
+    from twostage.running.on_executor import Runner
 
 
 class Held:

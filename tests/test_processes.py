@@ -25,10 +25,10 @@ from pools_of_processes import PROCESSES, new_pool
 from tenacity import TryAgain
 
 from twostage import Outcome, Rate, RemoteError, Stage, Throttled, is_transient, iter_two_stage, run_two_stage
-from twostage.clients import status_of
 from twostage.errors import BaseRemoteError
-from twostage.throttling import retry_after
-from twostage.transient import Kind, is_throttled, is_timeout, kind_of
+from twostage.failing.clients import status_of
+from twostage.failing.throttling import retry_after
+from twostage.failing.transient import Kind, is_throttled, is_timeout, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -348,7 +348,7 @@ def test_failure_counts_as_it_does_in_a_thread(
         assert str(there) == str(here)
     assert there.__notes__[-1].startswith("twostage: stage two, ")
     assert "in fail_as" in str(there.__cause__)
-    assert "twostage/processes" not in str(there.__cause__)
+    assert "twostage/running/processes" not in str(there.__cause__)
 
 
 @each(LOST)

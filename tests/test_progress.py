@@ -17,7 +17,7 @@ from common import each_way, iterate, run
 from pacing import asking
 
 from twostage import Progress
-from twostage.progress import postfix
+from twostage.observing.bar import postfix
 from twostage.testing import SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:

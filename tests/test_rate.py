@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
 from twostage import Rate, RunTimeout, Stage, Throttled, iter_two_stage, run_two_stage
-from twostage.calls import Call
-from twostage.gates import RateGate
+from twostage.base.records import Call
+from twostage.pace.rates import RateGate
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:

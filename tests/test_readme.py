@@ -15,8 +15,8 @@ import pytest
 from common import needs_clients, until
 
 from twostage import Journal, run_two_stage
-from twostage._embedded_answers import orders_of, result_of, token_of
-from twostage._embedded_api import EmbeddedApi
+from twostage.demo.answers import orders_of, result_of, token_of
+from twostage.demo.api import EmbeddedApi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from twostage import iter_two_stage
-from twostage.calls import Batch
-from twostage.driver import ThreadDriver, world
+from twostage.base.records import Batch
+from twostage.job.driver import ThreadDriver, world
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from twostage.calls import Call
-    from twostage.completions import Event, Handler
-    from twostage.coordinator import Coordinator, Message
-    from twostage.runners import Runner, Work
+    from twostage.base.as_completed import Event, Handler
+    from twostage.base.records import Call
+    from twostage.core.coordinator import Coordinator, Message
+    from twostage.running.on_executor import Runner, Work
 
 Key = tuple[str, int]
 """A call: its stage, and its first item's index."""
@@ -177,7 +177,7 @@ def flaky(share: float, seed: int) -> Callable[[Any], Any]:
 def test_recorded_inputs_replay_to_the_same_decisions(
     monkeypatch: pytest.MonkeyPatch, *, ordered: bool
 ) -> None:
-    monkeypatch.setattr("twostage.retry.FIRST_WAIT", 0.002)
+    monkeypatch.setattr("twostage.failing.retry.FIRST_WAIT", 0.002)
     settings: dict[str, Any] = {"batch_size": 5, "result_workers": 6, "window": 60, "ordered": ordered}
     recorder, replayer = Recorder(), Replayer()
     uniform = random.uniform

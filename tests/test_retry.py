@@ -36,8 +36,8 @@ from tenacity import (
 )
 
 from twostage import BatchLengthError, Stage, iter_two_stage, run_two_stage
-from twostage.calls import Outcome
-from twostage.retry import End, Fail, Judge, Retry, default_policy
+from twostage.base.records import Outcome
+from twostage.failing.retry import End, Fail, Judge, Retry, default_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +86,7 @@ def raise_outcome(state: RetryCallState) -> None:
 
 @pytest.fixture
 def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twostage.retry.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("twostage.failing.retry.FIRST_WAIT", 0.0)
 
 
 # --- how often

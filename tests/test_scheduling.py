@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import Stage, iter_two_stage, run_two_stage
+from twostage.core.lines import Line
 from twostage.errors import STAGES
-from twostage.gates import Gate
-from twostage.lines import Line
+from twostage.pace.rates import Gate
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from twostage.calls import Call
-    from twostage.runners import Runner
+    from twostage.base.records import Call
+    from twostage.running.on_executor import Runner
 
 
 def retry_after(seconds: float) -> Retrying:
@@ -393,7 +393,7 @@ def test_gate_holds_starts_back_and_hears_of_each(
         gates = [gate] if STAGES[number] == stage else []
         return Line(number, workers, 3, *parts, **more | {"gates": gates})
 
-    monkeypatch.setattr("twostage.building.Line", gated_line)
+    monkeypatch.setattr("twostage.job.building.Line", gated_line)
     fails = {4: 2}
     tokens = Timed(virtual, 0.5, fails if stage == "stage one" else None)
     results = Timed(virtual, 0.5, fails if stage == "stage two" else None)

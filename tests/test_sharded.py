@@ -34,7 +34,7 @@ from twostage import (
     run_sharded,
     run_two_stage,
 )
-from twostage.owner import ALONE, _share
+from twostage.shards.owner import ALONE, _share
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from away_on_dask import DEADLY, die, fail_at_0, fetch_result, fetch_results, fe
 from common import needs_clients, ours, until
 
 from twostage import Stage, iter_sharded, run_sharded
-from twostage._embedded_answers import result_of, token_of
-from twostage._embedded_api import EmbeddedApi
+from twostage.demo.answers import result_of, token_of
+from twostage.demo.api import EmbeddedApi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,8 +130,8 @@ def test_profiler_that_can_stop_this_python_is_warned_of(
 
     settings: dict[str, Any] = {"executor": executor, "shard_size": 2}
     with dask.config.set({"distributed.worker.profile.enabled": True}):
-        monkeypatch.setattr("twostage.owner.sys.version_info", (3, 11, 8))
+        monkeypatch.setattr("twostage.shards.owner.sys.version_info", (3, 11, 8))
         with pytest.warns(RuntimeWarning, match=r"distributed\.worker\.profile\.enabled off"):
             run_sharded(range(4), same, same, **settings)
-        monkeypatch.setattr("twostage.owner.sys.version_info", (3, 11, 9))
+        monkeypatch.setattr("twostage.shards.owner.sys.version_info", (3, 11, 9))
         run_sharded(range(4), same, same, **settings)

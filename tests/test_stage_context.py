@@ -31,8 +31,8 @@ from common import (
 from fakes import each, notes, stage
 
 from twostage import AttemptTimeout, RunTimeout, iter_two_stage
-from twostage._embedded_answers import token_of
-from twostage._embedded_api import EmbeddedApi
+from twostage.demo.answers import token_of
+from twostage.demo.api import EmbeddedApi
 from twostage.testing import VirtualTime, sleep
 
 if TYPE_CHECKING:
@@ -466,7 +466,7 @@ def test_job_is_over_when_its_contexts_have_been_left(on: dict[str, Any]) -> Non
 def test_it_is_left_though_a_task_refuses_to_end(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, on: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("twostage.tasks.LONGEST_CANCEL", 0.01)
+    monkeypatch.setattr("twostage.running.tasks.LONGEST_CANCEL", 0.01)
     happened: list[str] = []
     goes_on = asyncio.Event()
     loops: list[asyncio.AbstractEventLoop] = []

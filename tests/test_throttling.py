@@ -20,10 +20,10 @@ import requests
 from tenacity import Future, RetryCallState, Retrying, TryAgain, wait_fixed
 
 from twostage import Throttled, is_transient, run_two_stage, wait_retry_after
-from twostage.calls import Outcome
-from twostage.retry import End, Judge, Retry, default_policy
-from twostage.throttling import LONGEST_PAUSE, retry_after
-from twostage.transient import THROTTLING_CODES, Kind, is_throttled, kind_of
+from twostage.base.records import Outcome
+from twostage.failing.retry import End, Judge, Retry, default_policy
+from twostage.failing.throttling import LONGEST_PAUSE, retry_after
+from twostage.failing.transient import THROTTLING_CODES, Kind, is_throttled, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

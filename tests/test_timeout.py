@@ -18,7 +18,7 @@ from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, 
 from tenacity import Retrying, TryAgain, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import RunTimeout, Throttled, iter_two_stage, run_two_stage
-from twostage.coordinator import Coordinator
+from twostage.core.coordinator import Coordinator
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
@@ -647,7 +647,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("twostage.driver.time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr("twostage.job.driver.time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 

@@ -16,8 +16,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixe
 
 from twostage import Journal, Stage, Trace
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
-from twostage.timeline import area, calls_running, lanes, tokens_waiting
-from twostage.trace import ATTEMPTS
+from twostage.tracing.timeline import area, calls_running, lanes, tokens_waiting
+from twostage.tracing.trace import ATTEMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

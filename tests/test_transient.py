@@ -34,8 +34,8 @@ from requesting import (
 )
 
 from twostage import is_transient
-from twostage.clients import status_of
-from twostage.transient import TRANSIENT_STATUSES, is_timeout
+from twostage.failing.clients import status_of
+from twostage.failing.transient import TRANSIENT_STATUSES, is_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

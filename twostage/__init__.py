@@ -4,9 +4,8 @@ The names below are the public ones, and those of `twostage.testing`, with which
 `twostage.observing`, whose events an `Observer` hears; the other modules are the library's own business.
 """
 
-from twostage.async_executor import AsyncExecutor
 from twostage.async_run import aiter_two_stage, arun_two_stage
-from twostage.calls import Outcome
+from twostage.base.records import Outcome
 from twostage.errors import (
     AttemptTimeout,
     BatchLengthError,
@@ -17,16 +16,17 @@ from twostage.errors import (
     RunTimeout,
     TooManyFailures,
 )
-from twostage.gates import Rate
-from twostage.journal import Journal
-from twostage.observing import Observer, Progress
-from twostage.outcomes import AsyncOutcomes, Outcomes
+from twostage.failing.throttling import Throttled, wait_retry_after
+from twostage.failing.transient import is_transient
+from twostage.job.outcomes import AsyncOutcomes, Outcomes
+from twostage.journal.journal import Journal
+from twostage.observing.events import Observer, Progress
+from twostage.pace.rates import Rate
 from twostage.run import iter_two_stage, run_two_stage
+from twostage.running.async_executor import AsyncExecutor
 from twostage.sharded import iter_sharded, run_sharded
 from twostage.stage import Stage
-from twostage.throttling import Throttled, wait_retry_after
-from twostage.trace import Trace
-from twostage.transient import is_transient
+from twostage.tracing.trace import Trace
 
 __all__ = [
     "AsyncExecutor",

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tenacity import Retrying, stop_after_attempt, wait_random_exponential
 
-from twostage import MissingToken, Trace, _journal_report, _plan, run_two_stage
-from twostage import _ways_through_faults as ways
-from twostage._embedded_answers import (
+from twostage import MissingToken, Trace, run_two_stage
+from twostage.demo import ways
+from twostage.demo.answers import (
     FAULTS,
     LASTING,
     MOST_IDS,
@@ -33,8 +33,10 @@ from twostage._embedded_answers import (
     result_of,
     token_of,
 )
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import TIMEOUT, Client
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import TIMEOUT, Client
+from twostage.journal import report
+from twostage.tracing import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -92,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "journal":
-        return _journal_report.main(argv[1:])
+        return report.main(argv[1:])
     if argv and argv[0] == "plan":
-        return _plan.main(argv[1:])
+        return plan.main(argv[1:])
     options = parse(argv)
     options.trace = Trace()
     options.progress = importlib.util.find_spec("tqdm") is not None

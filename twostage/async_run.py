@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
-from twostage.building import ItemsOptions, RunOptions, Watching, build_async, settled
-from twostage.outcomes import AsyncOutcomes
+from twostage.job.building import ItemsOptions, RunOptions, Watching, build_async, settled
+from twostage.job.outcomes import AsyncOutcomes
 from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, Options
 from twostage.stage import (
     DEFAULT_RETRY,
@@ -22,12 +22,12 @@ from twostage.stage import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Hashable, Iterable
 
-    from twostage.checks import Failures
-    from twostage.journal import JournalLike
-    from twostage.observing import Observer
-    from twostage.progress import ProgressLike
-    from twostage.retry import RetryPolicy
-    from twostage.trace import Trace
+    from twostage.base.checks import Failures
+    from twostage.failing.retry import RetryPolicy
+    from twostage.journal.journal import JournalLike
+    from twostage.observing.bar import ProgressLike
+    from twostage.observing.events import Observer
+    from twostage.tracing.trace import Trace
 
 __all__ = ["aiter_two_stage", "arun_two_stage"]
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from types import FrameType
 
-    from twostage.calls import Outcome
-    from twostage.transient import Kind
+    from twostage.base.records import Outcome
+    from twostage.failing.transient import Kind
 
 __all__ = [
     "FUNCTIONS",

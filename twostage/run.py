@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
-from twostage.building import (
+from twostage.errors import warn
+from twostage.job.building import (
     RESULT_WORKERS,
     TOKEN_WORKERS,
     ItemsOptions,
@@ -14,8 +15,7 @@ from twostage.building import (
     build,
     settled,
 )
-from twostage.errors import warn
-from twostage.outcomes import Outcomes
+from twostage.job.outcomes import Outcomes
 from twostage.stage import (
     DEFAULT_RETRY,
     ONE_ITEM_A_CALL,
@@ -31,13 +31,13 @@ from twostage.stage import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable
 
-    from twostage.building import Settings
-    from twostage.checks import Failures
-    from twostage.journal import JournalLike
-    from twostage.observing import Observer
-    from twostage.progress import ProgressLike
-    from twostage.retry import RetryPolicy
-    from twostage.trace import Trace
+    from twostage.base.checks import Failures
+    from twostage.failing.retry import RetryPolicy
+    from twostage.job.building import Settings
+    from twostage.journal.journal import JournalLike
+    from twostage.observing.bar import ProgressLike
+    from twostage.observing.events import Observer
+    from twostage.tracing.trace import Trace
 
 __all__ = [
     "DEFAULT_RESULT_WORKERS",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Literal, Required, TypeVar, Unpack, overload
 
-from twostage.building import ItemsOptions, RunOptions, Watching, settled
-from twostage.outcomes import Outcomes
-from twostage.owner import Sharding, build_sharded
+from twostage.job.building import ItemsOptions, RunOptions, Watching, settled
+from twostage.job.outcomes import Outcomes
 from twostage.run import DEFAULT_RESULT_WORKERS, DEFAULT_TOKEN_WORKERS, Options
+from twostage.shards.owner import Sharding, build_sharded
 from twostage.stage import (
     DEFAULT_RETRY,
     ONE_ITEM_A_CALL,
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable
     from concurrent.futures import Executor
 
-    from twostage.checks import Failures
-    from twostage.journal import JournalLike
-    from twostage.observing import Observer
-    from twostage.progress import ProgressLike
-    from twostage.retry import RetryPolicy
-    from twostage.trace import Trace
+    from twostage.base.checks import Failures
+    from twostage.failing.retry import RetryPolicy
+    from twostage.journal.journal import JournalLike
+    from twostage.observing.bar import ProgressLike
+    from twostage.observing.events import Observer
+    from twostage.tracing.trace import Trace
 
 __all__ = ["iter_sharded", "run_sharded"]
 

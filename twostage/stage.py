@@ -20,8 +20,7 @@ from typing import (
 
 from tenacity import BaseRetrying
 
-from twostage.async_executor import AsyncExecutor
-from twostage.checks import (
+from twostage.base.checks import (
     Failures,
     check_bool,
     check_fetch,
@@ -32,10 +31,11 @@ from twostage.checks import (
     positive_seconds,
 )
 from twostage.errors import warn
-from twostage.gates import Rates, rates_of
-from twostage.pace import PATIENCE
-from twostage.processes import check_pickling
-from twostage.retry import RetryPolicy, check_policy
+from twostage.failing.retry import RetryPolicy, check_policy
+from twostage.pace.pace import PATIENCE
+from twostage.pace.rates import Rates, rates_of
+from twostage.running.async_executor import AsyncExecutor
+from twostage.running.processes import check_pickling
 
 if TYPE_CHECKING:
     from collections.abc import Collection

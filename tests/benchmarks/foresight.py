@@ -15,8 +15,8 @@ import time
 from typing import Any, NamedTuple
 
 from twostage import Stage, Trace, run_two_stage
-from twostage._embedded_api import EmbeddedApi
-from twostage._embedded_client import Client
+from twostage.demo.api import EmbeddedApi
+from twostage.demo.client import Client
 
 ITEMS = 1000
 TRIAL = 50

@@ -18,8 +18,8 @@ from uuid import UUID
 from measuring import medians
 
 from twostage import Stage, run_two_stage
-from twostage.journal_values import Codec, journal_key
-from twostage.recorder import Recorder
+from twostage.journal.recorder import Recorder
+from twostage.journal.values import Codec, journal_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

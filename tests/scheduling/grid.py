@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import reference
 from tenacity import Retrying, wait_fixed
 
-from twostage import Stage, iter_two_stage, run_two_stage, testing
+from twostage import Stage, iter_two_stage, run_two_stage
 from twostage.testing import VirtualTime, sleep
+from twostage.testing import virtual as testing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,1 @@
+"""What a function returned: slots, mappings, lists of tokens, refused batches, equal items."""

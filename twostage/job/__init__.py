@@ -1,0 +1,1 @@
+"""How a job is put together, what drives it, and the caller's half."""

@@ -1,0 +1,1 @@
+"""SQLite: what is recorded is never asked again."""

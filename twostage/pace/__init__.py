@@ -1,0 +1,1 @@
+"""Rates, pauses, outages, limits: when may the next attempt start?"""

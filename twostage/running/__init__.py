@@ -1,0 +1,1 @@
+"""Where attempts run: pools, loops, processes, an executor of the user's."""

@@ -1,0 +1,222 @@
+"""What travels to another machine: a shard of the items, and there a job of its own for them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twostage.errors import RunTimeout, without_our_frames
+from twostage.job.building import ItemsOptions, RunOptions, Settings, Watching, build
+from twostage.job.outcomes import Outcomes
+from twostage.observing.events import Listeners, Observer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from twostage.base.checks import Failures
+    from twostage.core.handover import AnyOutcome
+    from twostage.job.outcomes import Job
+    from twostage.journal.journal import Journal
+    from twostage.journal.recorder import Recorder, Rows
+    from twostage.journal.rows import Identity
+    from twostage.observing.events import Attempt, HeldBack, JobBegan, RetryDue
+    from twostage.shards.rows import RowsKeeper
+
+__all__ = ["End", "Heard", "Shard", "ShardAnswer", "ShardItems"]
+
+
+class ShardItems(list[Any]):
+    """A shard's items, and what its job has to know beside them.
+
+    Attributes:
+        keys: Theirs, if a journal is kept.
+        timeout: How many seconds the whole job still has.
+    """
+
+    keys: Sequence[str] = ()
+    timeout: float = math.inf
+
+
+class End(NamedTuple):
+    """What became of an item: what an `Outcome` says, but for the item itself."""
+
+    token: Any
+    result: Any
+    exception: Exception | None
+    token_attempts: int
+    attempts: int
+
+    def __repr__(self) -> str:
+        return "<End>"  # not what is in it
+
+
+class ShardAnswer(NamedTuple):
+    """What a shard's job has given.
+
+    Attributes:
+        ends: For each item; `None` if the job has ended before.
+        error: Why it did.
+        rows: What a journal is to have of it.
+        partial: The places of items of which a part is not recorded as an answer.
+        heard: What happened in it.
+    """
+
+    ends: list[End | None]
+    error: Exception | None
+    rows: list[Rows]
+    partial: set[int]
+    heard: Heard
+
+    def __repr__(self) -> str:
+        return f"<ShardAnswer of {len(self.ends)} items>"  # nor here
+
+
+class Shard(NamedTuple):
+    """How each shard's job runs.
+
+    Attributes:
+        first: Stage one.
+        second: Stage two.
+        refresh_token_on: As it was given.
+        max_refreshes: As it was given.
+        max_failures: As it was given.
+        return_exceptions: Off, the first failure ends the shard's job, as it does the whole one.
+        journal: What was said of it, and of whose answers it is, if there is one.
+        observed: Whether each attempt is to be told of.
+    """
+
+    first: Settings
+    second: Settings
+    refresh_token_on: Failures | None
+    max_refreshes: int
+    max_failures: float | None
+    return_exceptions: bool
+    journal: tuple[Journal, Identity] | None
+    observed: bool
+
+    def run(self, items: ShardItems) -> ShardAnswer:
+        """Runs the job of a shard, wherever this is."""
+        is_cancelled = _cancellation()
+        heard = Heard()
+        listeners = Listeners([heard])
+        if not self.observed:
+            listeners.attempt_ended = []
+        recorder = self._recorder(items)
+        job = self.job(items, listeners, recorder)
+        ends: list[End | None] = [None] * len(items)
+        error: Exception | None = None
+        try:
+            with Outcomes[Any, Any, Any](job) as outcomes:
+                for outcome in outcomes:
+                    failure = self._failure(outcome)
+                    ends[outcome.index] = _end(outcome, failure)
+                    ends_all = failure is not None and not isinstance(failure, RunTimeout)
+                    if is_cancelled() or (ends_all and not self.return_exceptions):
+                        break
+        except Exception as ending:  # noqa: BLE001 - it ends the whole job, after the outcomes that are there
+            error = without_our_frames(ending)
+        if recorder is None:
+            return ShardAnswer(ends, error, [], set(), heard)
+        return ShardAnswer(ends, error, recorder.lots, recorder.partial, heard)
+
+    def _failure(self, outcome: AnyOutcome) -> Exception | None:
+        """Returns an item's failure; if failures are not wanted, also that of one of its many tokens."""
+        if outcome.exception is not None or self.return_exceptions or not self.first.many:
+            return outcome.exception
+        return next((one for one in outcome.result if isinstance(one, Exception)), None)
+
+    def job(
+        self, items: ShardItems, listeners: Listeners | None = None, recorder: Recorder | None = None
+    ) -> Job:
+        """Builds the job of a shard, of which nothing runs yet.
+
+        Raises:
+            TypeError: A setting is of the wrong kind.
+            ValueError: One is out of range.
+        """
+        timeout = None if items.timeout == math.inf else items.timeout
+        return build(
+            items,
+            self.first,
+            self.second,
+            ItemsOptions(None, self.refresh_token_on, self.max_refreshes, window=None, journal=None),
+            RunOptions(
+                return_exceptions=True,
+                timeout=timeout,
+                max_failures=self.max_failures,
+                watching=Watching(progress=False, total=None, trace=None, observer=None),
+            ),
+            listeners=listeners,
+            recorder=recorder,
+        )
+
+    def _recorder(self, items: ShardItems) -> RowsKeeper | None:
+        if self.journal is None:
+            return None
+        from twostage.shards.rows import RowsKeeper  # noqa: PLC0415 - for some Pythons, SQLite is an extra
+
+        return RowsKeeper(*self.journal, dict(enumerate(items.keys)))
+
+
+def _end(outcome: AnyOutcome, failure: Exception | None) -> End:
+    result = None if failure is not None else outcome.result
+    return End(outcome.token, result, failure, outcome.token_attempts, outcome.attempts)
+
+
+def _cancellation() -> Callable[[], bool]:
+    """Returns what says whether this shard was cancelled: a Dask worker can, others are waited for."""
+    if "distributed" in sys.modules:
+        with suppress(Exception):  # this is none
+            worker = sys.modules["distributed"].get_worker()
+            key, tasks = worker.get_current_task(), worker.state.tasks
+            return lambda: key not in tasks or tasks[key].state == "cancelled"
+    return bool
+
+
+class Heard(Observer):
+    """Keeps what happens in a shard's job, to be told of where the whole job is."""
+
+    def __init__(self) -> None:
+        self.offset = 0.0  # of the clock to the time
+        self.attempts: list[Attempt] = []
+        self.retries: list[RetryDue] = []
+        self.held: list[HeldBack] = []
+
+    def job_began(self, job: JobBegan) -> None:
+        self.offset = job.time - job.clock
+
+    def attempt_ended(self, attempt: Attempt) -> None:
+        self.attempts.append(attempt)
+
+    def retry_due(self, retry: RetryDue) -> None:
+        self.retries.append(retry)
+
+    def held_back(self, held: HeldBack) -> None:
+        self.held.append(held)
+
+    def tell(self, listeners: Listeners, offset: float, indices: Sequence[int]) -> None:
+        """Tells the whole job's listeners.
+
+        Args:
+            listeners: They.
+            offset: Of their job's clock to the time.
+            indices: Of the shard's items in the whole job.
+        """
+        later = self.offset - offset
+        for attempt in self.attempts:
+            event: Any = attempt._replace(
+                item_index=indices[attempt.item_index],
+                handed_over=attempt.handed_over + later,
+                began=attempt.began + later,
+                ended=attempt.ended + later,
+            )
+            listeners.tell(listeners.attempt_ended, event)
+        for retry in self.retries:
+            index = indices[retry.item_index]
+            event = retry._replace(item_index=index, at=retry.at + later, due=retry.due + later)
+            listeners.tell(listeners.retry_due, event)
+        for held in self.held:
+            event = held._replace(at=held.at + later, until=held.until + later)
+            listeners.tell(listeners.held_back, event)

@@ -1,0 +1,1 @@
+"""What is made of a trace: summary, picture, Perfetto; what if, foretell, plan."""
