@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from common import PATIENCE
 
 from twostage import Outcome
-from twostage.base.as_completed import Completions
-from twostage.running.on_executor import Work
+from twostage.base.as_completed import AsCompleted
+from twostage.base.runner import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twostage.base.as_completed import Event
     from twostage.base.records import Call
-    from twostage.running.on_executor import Clock, Runner
+    from twostage.base.runner import Clock, Runner
 
 
 class Alone:
@@ -30,7 +30,7 @@ class Alone:
 
     def __init__(
         self,
-        make: Callable[[Work, Completions, Clock], Runner],
+        make: Callable[[Work, AsCompleted, Clock], Runner],
         fetch: Callable[[Call], object],
         *,
         workers: int,
@@ -38,7 +38,7 @@ class Alone:
     ) -> None:
         self.now = 1000.0
         self.ends: list[tuple[Call, Any, BaseException | None]] = []
-        self.completions = Completions()
+        self.completions = AsCompleted()
         self._events: deque[Event] = deque()
         work = Work("stage two", fetch, self._same, self._end, workers, copy_context(), None, attempt_timeout)
         self.runner = make(work, self.completions, lambda: self.now)

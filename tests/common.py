@@ -12,7 +12,8 @@ import time
 import traceback
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import pytest
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
@@ -22,8 +23,10 @@ from twostage import is_transient, iter_two_stage, run_two_stage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from twostage.base.as_completed import Completions
+    from twostage.base.as_completed import AsCompleted
+    from twostage.core.coordinator import Coordinator
 
+PartT = TypeVar("PartT")
 Run: TypeAlias = "Callable[..., list[Any]]"
 
 PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
@@ -74,6 +77,19 @@ async def as_it_is(argument: Any) -> Any:  # noqa: ANN401 - of both stages
     return argument
 
 
+def books(outcomes: Any) -> Coordinator:  # noqa: ANN401 - a stream, sync or async
+    """Returns what all of a job's state is in."""
+    coordinator: Coordinator = outcomes._job._coordinator
+    return coordinator
+
+
+def part(outcomes: Any, kind: type[PartT]) -> PartT | None:  # noqa: ANN401 - as above
+    """Returns the part of a job that is of that kind, and hears of something."""
+    heard = chain.from_iterable(vars(books(outcomes).hears).values())
+    parts = (getattr(hear, "__self__", None) for hear in heard)
+    return next((one for one in parts if isinstance(one, kind)), None)
+
+
 def ours() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("twostage")]
 
@@ -94,7 +110,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.waits: list[float | None] = []  # for how long the coordinator was ready to wait, each time
-        self.completions: list[Completions] = []
+        self.completions: list[AsCompleted] = []
         self._ahead = 0.0
 
     def monotonic(self) -> float:

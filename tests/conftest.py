@@ -13,7 +13,7 @@ from common import Clock, ours
 from loops import LOOPS
 
 from twostage import AsyncExecutor
-from twostage.base.as_completed import Completions
+from twostage.base.as_completed import AsCompleted
 from twostage.core.coordinator import Coordinator
 from twostage.testing import VirtualTime
 
@@ -76,13 +76,13 @@ def virtual() -> Iterator[VirtualTime]:
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Is set when a coordinator has stopped both of its stages."""
-    event, end = threading.Event(), Coordinator._end
+    event, end = threading.Event(), Coordinator.end
 
     def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
         end(coordinator, error)
         event.set()
 
-    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
+    monkeypatch.setattr(Coordinator, "end", end_and_tell)
     return event
 
 
@@ -90,7 +90,7 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
 
-    class Watched(Completions):
+    class Watched(AsCompleted):
         """Says how long is waited."""
 
         def __init__(self) -> None:
@@ -101,7 +101,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
             clock.waits.append(timeout)
             return super().take(timeout)
 
-    monkeypatch.setattr("twostage.job.driver.Completions", Watched)
+    monkeypatch.setattr("twostage.job.driver.AsCompleted", Watched)
     monkeypatch.setattr("twostage.job.driver.time", clock)
     return clock
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common import books, part
 from tenacity import Retrying, retry_if_exception, wait_fixed
 
 from twostage import MissingToken, Outcome, RunTimeout, Stage, TooManyFailures, iter_two_stage, run_two_stage
+from twostage.answers.refreshing import Refreshing
 from twostage.testing import ApiError, VirtualTime, sleep
 
 if TYPE_CHECKING:
@@ -219,6 +221,7 @@ class Watch:
         self.tokens_given: Counter[int] = Counter()
         self.pauses = {"stage one": (-1.0, -1.0), "stage two": (-1.0, -1.0)}  # the last of each
         self.books: Coordinator | None = None
+        self.refreshing: Refreshing | None = None
 
     def source(self) -> Iterator[int]:
         try:
@@ -442,7 +445,7 @@ def run(plan: Plan, watch: Watch) -> Ended:
             return Ended(results=run_two_stage(watch.source(), first, second, **settings))
         settings |= {"ordered": plan.ordered, "linger": plan.linger}
         with iter_two_stage(watch.source(), first, second, **settings) as stream:
-            watch.books = stream._job._coordinator
+            watch.books, watch.refreshing = books(stream), part(stream, Refreshing)
             for outcome in stream:
                 watch.taken += 1
                 outcomes.append(outcome)
@@ -491,7 +494,7 @@ def check_ended(watch: Watch, ended: Ended) -> None:
         # A token that was dropped may still run when all is done, and then fail unheard.
         assert left == 0 or (left > 0 and plan.answers is not None and plan.answers.many)
         assert watch.books.handing.surplus_tokens == sum(watch.books.handing._surplus.values())
-        assert not watch.books.refreshed
+        assert watch.refreshing is None or not watch.refreshing._times
     indices = [outcome.index for outcome in ended.outcomes]
     assert len(set(indices)) == len(indices), "an item gave two outcomes"
     assert len(indices) == plan.items or plan.listed or not over, "an item gave no outcome"

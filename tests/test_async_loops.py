@@ -521,7 +521,7 @@ SCRIPT = """
         if len(begun) == 3:
             print("ready", flush=True)
 
-    end = Coordinator._end
+    end = Coordinator.end
 
     def end_and_tell(coordinator, error):
         is_news = not coordinator.ending
@@ -531,7 +531,7 @@ SCRIPT = """
             if ONCE:
                 over.set()
 
-    Coordinator._end = end_and_tell
+    Coordinator.end = end_and_tell
 
     async def stream(*arguments):
         async with aiter_two_stage(*arguments) as outcomes:

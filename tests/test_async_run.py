@@ -472,8 +472,9 @@ def test_bad_argument_is_refused_before_anything_is_touched(
     settings |= arguments
     with pytest.raises(kind, match=f"^{re.escape(message)}"):
         arun(**settings)
+    iterates: Any = aiter_two_stage  # for checkers, what it takes first has no name
     with pytest.raises(kind, match=f"^{re.escape(message)}"):
-        aiter_two_stage(**settings)
+        iterates(**settings)
 
 
 def test_arguments_of_the_stream_are_refused_too() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from asynchronous import patiently, until
-from common import PATIENCE
+from common import PATIENCE, books
 from fakes import each
 
 from twostage import Stage, aiter_two_stage, arun_two_stage
@@ -72,7 +72,7 @@ def test_consumer_whose_outcomes_are_all_there_lets_others_go_on(monkeypatch: py
         outcomes = aiter_two_stage(range(250), str, int)
         async with watched() as loop, outcomes:
             await anext(outcomes)
-            await until(lambda: outcomes._job._coordinator.ending)
+            await until(lambda: books(outcomes).ending)
             async for _ in outcomes:
                 loop.count()
                 clock.now += LONGEST_TURN  # it has work to do with each
@@ -88,7 +88,7 @@ def test_consumer_that_does_little_goes_on_for_a_while(monkeypatch: pytest.Monke
         outcomes = aiter_two_stage(range(250), str, int)
         async with watched() as loop, outcomes:
             await anext(outcomes)
-            await until(lambda: outcomes._job._coordinator.ending)
+            await until(lambda: books(outcomes).ending)
             async for _ in outcomes:
                 loop.count()
                 clock.now += LONGEST_TURN / 9.5
@@ -164,7 +164,7 @@ def test_loop_goes_on_while_a_thread_waits(where: str) -> None:
             taking = asyncio.create_task(anext(outcomes))
             if where == "source":
                 await patiently(taking)
-            await until(lambda: outcomes._job._coordinator.reading.number or where == "key")
+            await until(lambda: books(outcomes).reading.number or where == "key")
             rounds = loop.rounds
             ending = asyncio.create_task(outcomes.aclose() if where != "cancel" else asyncio.sleep(0))
             if where == "cancel":

@@ -35,10 +35,11 @@ from twostage import (
     iter_two_stage,
     run_two_stage,
 )
+from twostage.base.kinds import Kind
+from twostage.base.runner import Runner
 from twostage.core.coordinator import LEAST_IN_PROGRESS
-from twostage.failing.transient import Kind, kind_of
+from twostage.failing.transient import kind_of
 from twostage.pace.rates import HungGate
-from twostage.running.on_executor import Runner
 from twostage.testing import VirtualTime, sleep
 
 if TYPE_CHECKING:

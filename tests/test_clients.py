@@ -38,9 +38,10 @@ from requesting_more import (
 )
 
 from twostage import is_transient
+from twostage.base.kinds import Kind
 from twostage.failing.clients import code_of, status_of
 from twostage.failing.throttling import retry_after
-from twostage.failing.transient import THROTTLING_CODES, Kind, is_throttled, kind_of
+from twostage.failing.transient import THROTTLING_CODES, is_throttled, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""`Completions`, the growing `as_completed`: which events there are, when, and in which order."""
+"""`AsCompleted`, the growing `as_completed`: which events there are, when, and in which order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from common import nothing_collected
 
-from twostage.base.as_completed import Completions
+from twostage.base.as_completed import AsCompleted
 
 if TYPE_CHECKING:
     from twostage.base.as_completed import Event
@@ -39,7 +39,7 @@ LONG_WAIT = [None, 3600, 4.6e18, 1e300, math.inf]  # `SimpleQueue.get` refuses t
 
 
 def test_all_events_that_are_there_come_at_once_and_in_order() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     for timeout in NO_WAIT + LONG_WAIT:
         for number in range(100):
             completions.put(event(number))
@@ -48,7 +48,7 @@ def test_all_events_that_are_there_come_at_once_and_in_order() -> None:
 
 
 def test_event_is_the_same_object() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     mine = event("mine")
     completions.put(mine)
     [taken] = completions.take(None)
@@ -57,22 +57,22 @@ def test_event_is_the_same_object() -> None:
 
 def test_wait_that_is_over_gives_nothing() -> None:
     for timeout in NO_WAIT:
-        assert Completions().take(timeout) == []
+        assert AsCompleted().take(timeout) == []
 
 
 def test_wait_that_passes_gives_nothing() -> None:
-    assert Completions().take(0.001) == []
+    assert AsCompleted().take(0.001) == []
 
 
 def test_wait_is_cut_to_what_a_queue_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twostage.base.as_completed.LONGEST_WAIT", 0.001)
     for timeout in LONG_WAIT:
-        assert Completions().take(timeout) == []
+        assert AsCompleted().take(timeout) == []
 
 
 def test_wait_ends_with_the_first_event() -> None:
     for timeout in LONG_WAIT:
-        completions = Completions()
+        completions = AsCompleted()
         with ThreadPoolExecutor(1) as thread:
             taken = thread.submit(completions.take, timeout)
             completions.put(event("first"))
@@ -85,7 +85,7 @@ def test_wait_ends_with_the_first_event() -> None:
 @pytest.mark.parametrize("state", ["result", "exception", "cancelled", "cancelled and noticed", "exit"])
 @pytest.mark.parametrize("before", [False, True])
 def test_future_gives_its_event_however_it_ends(state: str, *, before: bool) -> None:
-    completions = Completions()
+    completions = AsCompleted()
     future: Future[str] = Future()
 
     def end() -> None:
@@ -112,7 +112,7 @@ def test_future_gives_its_event_however_it_ends(state: str, *, before: bool) -> 
 
 
 def test_future_that_runs_gives_nothing_yet() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     future: Future[str] = Future()
     completions.add(future, event("a"))
     assert future.set_running_or_notify_cancel()
@@ -124,7 +124,7 @@ def test_future_that_runs_gives_nothing_yet() -> None:
 
 
 def test_events_come_in_the_order_in_which_futures_end() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     futures: list[Future[None]] = [Future() for _ in range(5)]
     for number, future in enumerate(futures):
         completions.add(future, event(number))
@@ -138,7 +138,7 @@ def test_events_come_in_the_order_in_which_futures_end() -> None:
 
 
 def test_futures_may_be_added_while_others_are_taken() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     completions.add(done(), event(0))
     seen: list[int] = []
     while events := completions.take(0):
@@ -153,7 +153,7 @@ def test_futures_may_be_added_while_others_are_taken() -> None:
 
 
 def test_one_future_may_give_two_events() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     future: Future[None] = Future()
     completions.add(future, event("a"))
     completions.add(future, event("b"))
@@ -162,7 +162,7 @@ def test_one_future_may_give_two_events() -> None:
 
 
 def test_nothing_is_lost_between_threads() -> None:
-    completions = Completions()
+    completions = AsCompleted()
     seen: list[int] = []
     with ThreadPoolExecutor(8) as pool:
         for number in range(2000):
@@ -181,7 +181,7 @@ def test_nothing_is_kept_of_what_was_taken() -> None:
     class Subject:
         pass
 
-    completions = Completions()
+    completions = AsCompleted()
     subject, future = Subject(), done()
     completions.add(future, event(subject))
     kept: list[weakref.ref[object]] = [weakref.ref(subject), weakref.ref(future)]

@@ -15,14 +15,13 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage.answers.answers import batch_check, checked_result
 from twostage.base.records import Batch
+from twostage.base.runner import Runner
 from twostage.core.coordinator import Coordinator
 from twostage.core.handover import HandOver
 from twostage.core.lines import Line
 from twostage.core.reading import Reading
 from twostage.failing.retry import Judge
-from twostage.observing.events import Listeners
 from twostage.pace.pace import Pace
-from twostage.running.on_executor import Runner
 from twostage.testing import ApiError
 
 if TYPE_CHECKING:
@@ -102,14 +101,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
             ),
         ]
         self.results: list[Any] | None = [] if self.listed else None
-        handing = HandOver(results=self.results, ordered=self.ordered, twins=None, many=False)
+        handing = HandOver(results=self.results, ordered=self.ordered, forget=None, many=False)
         self.coordinator = Coordinator(
             *lines,
             bound=BOUND,
             reading=Reading(self.batch_size, WINDOW, handing),
             return_exceptions=self.return_exceptions,
             handing=handing,
-            listeners=Listeners(),
         )
         self.workers = [Workers(self, 2), Workers(self, 2)]
         for line, workers in zip(lines, self.workers, strict=True):
@@ -163,7 +161,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             error = SystemExit()
         else:
             answer = list(call.members) if isinstance(call, Batch) else "result"
-        handler = self.coordinator.batch_ended if stage == 0 else self.coordinator.result_ended
+        handler = self.coordinator.tokens_ended if stage == 0 else self.coordinator.results_ended
 
         def ended(subject: Any, _answer: object, _error: BaseException | None) -> None:  # noqa: ANN401 - a call
             workers.out -= 1
@@ -246,12 +244,12 @@ class CoordinatorMachine(RuleBasedStateMachine):
         if self.events or coordinator.ending:
             return
         first, second = self.workers
-        assert len(first.running) == 2 or not (first.waiting or coordinator.token_line.due)
+        assert len(first.running) == 2 or not (first.waiting or coordinator.lines[0].due)
         least = 1 if self.source_ended else self.batch_size
-        starts = len(coordinator.token_line.waiting) >= least and coordinator.in_progress < BOUND
+        starts = len(coordinator.lines[0].waiting) >= least and coordinator.in_progress < BOUND
         assert len(first.running) == 2 or not starts
-        assert len(second.running) == 2 or not (second.waiting or coordinator.result_line.due)
-        assert len(second.running) == 2 or not coordinator.result_line.waiting
+        assert len(second.running) == 2 or not (second.waiting or coordinator.lines[1].due)
+        assert len(second.running) == 2 or not coordinator.lines[1].waiting
         due = coordinator.due()
         assert due is None or due > self.now
         assert not self.limited or (first.out <= 2 and second.out <= 2)
@@ -269,9 +267,9 @@ class CoordinatorMachine(RuleBasedStateMachine):
         if self.events or self.coordinator.ending:
             return
         first, second = self.workers
-        calls = [*first.waiting, *first.running, *self.coordinator.token_line.due]
+        calls = [*first.waiting, *first.running, *self.coordinator.lines[0].due]
         at_one = sum(len(call.members) for call in calls if isinstance(call, Batch))
-        line = self.coordinator.result_line
+        line = self.coordinator.lines[1]
         at_two = len(second.waiting) + len(second.running) + len(line.waiting) + len(line.due)
         not_taken = 0 if self.listed else len(self.handed) - self.taken
         assert self.coordinator.in_progress == at_one + at_two + not_taken

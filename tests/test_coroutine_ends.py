@@ -232,7 +232,7 @@ def test_sigint_ends_a_script_within_the_time_of_the_running_calls(job: str) -> 
 def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
     """The calls, which take a minute, are cut off as the script ends."""
     tell = """
-        end = Coordinator._end
+        end = Coordinator.end
 
         def end_and_tell(coordinator, error):
             is_news = not coordinator.ending
@@ -240,7 +240,7 @@ def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
             if is_news:
                 print("ending", flush=True)
 
-        Coordinator._end = end_and_tell
+        Coordinator.end = end_and_tell
     """
     caught = """
         except KeyboardInterrupt:

@@ -16,17 +16,7 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import (
-    AT_ONCE,
-    PATIENCE,
-    Clock,
-    Run,
-    as_it_is,
-    each_way,
-    ours,
-    run,
-    until,
-)
+from common import AT_ONCE, PATIENCE, Clock, Run, as_it_is, books, each_way, ours, run, until
 from fakes import ExpiredError, each, outcomes_of, refusing, stage
 from pacing import asking
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
@@ -376,7 +366,7 @@ def test_answer_that_asks_for_a_wait_pauses_the_stage(clock: Clock, on: dict[str
 
     with iter_two_stage(range(10), each(int), stage(fetch, workers=1, **on), batch_size=10) as outcomes:
         assert next(outcomes).item == 0
-        until(lambda: outcomes._job._coordinator.delayed)
+        until(lambda: books(outcomes).delayed)
         clock.advance(59)
         assert attempts == [0, 1]
         clock.advance(1)
@@ -416,7 +406,7 @@ def test_api_that_is_down_is_asked_by_one_call_at_a_time(clock: Clock, on: dict[
     settings = stage(fetch, workers=8, retry=AT_ONCE, **on)
     with iter_two_stage(range(50), each(int), settings, batch_size=50) as outcomes:
         results = [next(outcomes).result]
-        line = outcomes._job._coordinator.result_line
+        line = books(outcomes).lines[1]
         until(lambda: attempts == 9)
         is_down = True
         down.set()
@@ -561,7 +551,7 @@ def test_batch_leaves_part_full_when_its_items_have_lingered(clock: Clock, on: d
     first = stage(as_it_is, batch_size=2, **on)
     with iter_two_stage(source(), first, as_it_is, linger=5) as outcomes:
         assert {next(outcomes).item, next(outcomes).item} == {0, 1}
-        until(lambda: outcomes._job._coordinator.token_line.waiting)
+        until(lambda: books(outcomes).lines[0].waiting)
         clock.advance(5)
         assert next(outcomes).item == 2
         over.set()

@@ -17,6 +17,7 @@ from common import (
     LeaveError,
     Run,
     WeakItems,
+    books,
     each_way,
     frames,
     iterate_in_order,
@@ -479,7 +480,7 @@ def test_iterator_that_is_dropped_is_cleaned_up_without_waiting() -> None:
     )
     assert next(outcomes).result == 0
     calls.wait_until_busy()
-    runner = outcomes._job._coordinator.result_line.runner
+    runner = books(outcomes).lines[1].runner
     del outcomes
     assert closed == [threading.current_thread().name]
     until(lambda: runner.out == WORKERS)  # what waited has been dropped

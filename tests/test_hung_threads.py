@@ -29,6 +29,7 @@ from common import (
     PATIENCE,
     Clock,
     LeaveError,
+    books,
     given_up_in,
     iterate,
     nothing_collected,
@@ -106,8 +107,8 @@ def released(*functions: Hanging) -> Iterator[None]:
         until(lambda: not ours())
 
 
-def runner_of(outcomes: Any, line: str = "result_line") -> PoolRunner:  # noqa: ANN401 - of anything
-    runner = getattr(outcomes._job._coordinator, line).runner
+def runner_of(outcomes: Any, line: int = 1) -> PoolRunner:  # noqa: ANN401 - of anything
+    runner = books(outcomes).lines[line].runner
     assert isinstance(runner, PoolRunner)
     return runner
 
@@ -265,7 +266,7 @@ def test_patience_ends_on_threads_while_an_item_lingers(clock: Clock) -> None:
 
     settings = stage(fetch_tokens, workers=1, batch_size=2, attempt_timeout=10, patience=60, retry=None)
     outcomes = iter_two_stage(source(), settings, str, return_exceptions=True, linger=500)
-    line = outcomes._job._coordinator.token_line
+    line = books(outcomes).lines[0]
 
     def let_time_pass() -> None:
         until(lambda: len(line.waiting) == 1)
@@ -593,7 +594,7 @@ def test_stage_without_it_is_as_ever(clock: Clock, caplog: pytest.LogCaptureFixt
         iter_two_stage(range(3), stage(each(int), attempt_timeout=30, batch_size=3), fetch) as outcomes,
     ):
         results = begun(outcomes)
-        line = outcomes._job._coordinator.result_line
+        line = books(outcomes).lines[1]
         fetch.hang(1)
         clock.advance(1e6)
         assert not line.gates
@@ -699,20 +700,20 @@ def test_sigint_does_not_wait_for_what_hangs(*, given_up: bool) -> None:
 
         twostage.job.driver.time = Clock
         ending, hangs = threading.Event(), threading.Event()
-        end = Coordinator._end
+        end = Coordinator.end
 
         def end_and_tell(coordinator, error):
             end(coordinator, error)
             ending.set()
 
-        Coordinator._end = end_and_tell
+        Coordinator.end = end_and_tell
 
         def let_time_pass():
             Clock.ahead += 30
             outcomes._job._driver.send((lambda *_: None, None, None, None))
 
         def wait_for(**state):
-            runner = outcomes._job._coordinator.result_line.runner
+            runner = outcomes._job._coordinator.lines[1].runner
             while any(getattr(runner, name) != number for name, number in state.items()):
                 time.sleep(0.001)
 

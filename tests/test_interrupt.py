@@ -317,14 +317,14 @@ def test_second_interrupt_gives_up_the_waiting_and_nothing_else(
     job: Job, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one comes while the source is read; the second at each line after that, or of a function."""
-    end = Coordinator._end
+    end = Coordinator.end
     ending = threading.Event()
 
     def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
         end(coordinator, error)
         ending.set()
 
-    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
+    monkeypatch.setattr(Coordinator, "end", end_and_tell)
     hit = interrupt_everywhere(lambda target: give_up(job, target, ending), function)
     assert hit >= {"Job.close", "ThreadDriver.receive"}
 
@@ -460,7 +460,7 @@ def test_sigint_ends_a_script_within_the_time_of_the_running_calls(body: str, *,
 )
 def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
     tell = """
-        end = Coordinator._end
+        end = Coordinator.end
         over = threading.Event()
 
         def end_and_tell(coordinator, error):
@@ -469,7 +469,7 @@ def test_second_sigint_gives_the_control_back_while_calls_run(job: str) -> None:
             if is_news:
                 print("ending", flush=True)
 
-        Coordinator._end = end_and_tell
+        Coordinator.end = end_and_tell
     """
     caught = """
         except KeyboardInterrupt:

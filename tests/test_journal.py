@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, AT_ONCE, each_way, iterate, run
+from common import ALWAYS, AT_ONCE, each_way, iterate, part, run
 from journals import Api, results_of
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_attempt
 
@@ -117,7 +117,7 @@ def test_job_goes_on_recording_while_the_consumer_is_away(path: Path) -> None:
     with VirtualTime() as virtual, iter_two_stage(range(1000), str, api, journal=path) as outcomes:
         next(outcomes)
         virtual.sleep(60)
-        recorder = outcomes._job._coordinator.recorder
+        recorder = part(outcomes, recorder_module.Recorder)
         assert recorder is not None
         assert recorder._file is not None
         query = "SELECT count(*) FROM answers WHERE result IS NOT NULL"

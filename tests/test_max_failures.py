@@ -315,7 +315,7 @@ def test_on_threads_what_runs_is_awaited_and_counts(
 ) -> None:
     closed: list[str] = []
     begun: list[int] = []
-    ending, end = threading.Event(), Coordinator._end
+    ending, end = threading.Event(), Coordinator.end
 
     def end_and_tell(coordinator: Coordinator, error: BaseException | None) -> None:
         end(coordinator, error)
@@ -329,7 +329,7 @@ def test_on_threads_what_runs_is_awaited_and_counts(
         assert ending.wait(PATIENCE)
         return number
 
-    monkeypatch.setattr(Coordinator, "_end", end_and_tell)
+    monkeypatch.setattr(Coordinator, "end", end_and_tell)
     executor = None if threads is None else ThreadPoolExecutor(threads)
     second = stage(fetch, workers=3, executor=executor, retry=None)
     error = ended(job, source_of(count(), closed), int, second, max_failures=1)

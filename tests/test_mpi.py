@@ -20,7 +20,7 @@ SCRIPT = """
 
     from mpi4py.futures import MPIPoolExecutor
 
-    from twostage import run_sharded
+    from twostage import Shards, run_two_stage
 
 
     def fetch_tokens(items):
@@ -33,8 +33,8 @@ SCRIPT = """
 
     if __name__ == "__main__":
         with MPIPoolExecutor() as pool:
-            settings = {"batch_size": 50, "executor": pool, "shards": 3, "shard_size": 100}
-            results = run_sharded(range(1000), fetch_tokens, fetch_result, **settings)
+            shards = Shards(pool, at_once=3, size=100)
+            results = run_two_stage(range(1000), fetch_tokens, fetch_result, batch_size=50, shards=shards)
         assert [token for token, _ in results] == [f"token {item}" for item in range(1000)]
         processes = {process for _, process in results}
         print(len(processes), os.getpid() in processes)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from twostage.base.records import Call
-    from twostage.running.on_executor import Runner
+    from twostage.base.runner import Runner
 
 
 class Held:

@@ -25,10 +25,10 @@ from pools_of_processes import PROCESSES, new_pool
 from tenacity import TryAgain
 
 from twostage import Outcome, Rate, RemoteError, Stage, Throttled, is_transient, iter_two_stage, run_two_stage
-from twostage.errors import BaseRemoteError
+from twostage.base.kinds import BaseRemoteError, Kind
 from twostage.failing.clients import status_of
 from twostage.failing.throttling import retry_after
-from twostage.failing.transient import Kind, is_throttled, is_timeout, kind_of
+from twostage.failing.transient import is_throttled, is_timeout, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

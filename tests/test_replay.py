@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from common import books
 
 from twostage import iter_two_stage
 from twostage.base.records import Batch
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from twostage.base.as_completed import Event, Handler
     from twostage.base.records import Call
+    from twostage.base.runner import Runner, Work
     from twostage.core.coordinator import Coordinator, Message
-    from twostage.running.on_executor import Runner, Work
 
 Key = tuple[str, int]
 """A call: its stage, and its first item's index."""
@@ -193,7 +194,7 @@ def test_recorded_inputs_replay_to_the_same_decisions(
 
     def replayed_job() -> Coordinator:
         world.set(lambda: replayer)  # type: ignore[arg-type, return-value] # what of a driver is needed here
-        return iter_two_stage(range(400), flaky(0, 1), flaky(0, 2), **settings)._job._coordinator
+        return books(iter_two_stage(range(400), flaky(0, 1), flaky(0, 2), **settings))
 
     monkeypatch.setattr(random, "uniform", drawn)
     copy_context().run(recorded_job)

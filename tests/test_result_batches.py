@@ -7,7 +7,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import Run, each_way
+from common import Run, books, each_way
 from fakes import Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
@@ -115,7 +115,7 @@ def test_bound_counts_batches_of_results() -> None:
     with iter_two_stage(source(), stage(list, batch_size=10), results) as outcomes:
         next(outcomes)
         sleep(100)
-        coordinator: Any = outcomes._job._coordinator
+        coordinator: Any = books(outcomes)
         assert coordinator.bound == bound
         assert bound - 10 < coordinator.in_progress <= bound + 10
 

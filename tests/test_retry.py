@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tenacity
 import tenacity.asyncio
-from common import frames, nothing_collected
+from common import books, frames, nothing_collected
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -654,14 +654,14 @@ def test_result_that_the_policy_would_refuse_is_no_outcome_while_the_job_ends() 
 
     stage = Stage(fetch, retry=refuse_results())
     with iter_two_stage(["waits", "fails"], str, stage, ordered=True) as outcomes:
-        coordinator = outcomes._job._coordinator
-        end = coordinator._end
+        coordinator = books(outcomes)
+        end = coordinator.end
 
         def end_and_tell(error: BaseException | None) -> None:
             end(error)
             ending.set()
 
-        coordinator._end = end_and_tell  # type: ignore[method-assign]
+        coordinator.end = end_and_tell  # type: ignore[method-assign]
         with pytest.raises(ValueError):  # noqa: PT011 - it has no text
             next(outcomes)
 

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import Stage, iter_two_stage, run_two_stage
+from twostage.base.gate import Gate
+from twostage.base.words import STAGES
 from twostage.core.lines import Line
-from twostage.errors import STAGES
-from twostage.pace.rates import Gate
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from twostage.base.records import Call
-    from twostage.running.on_executor import Runner
+    from twostage.base.runner import Runner
 
 
 def retry_after(seconds: float) -> Retrying:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 from common import AT_ONCE, until
+from in_shards import iterate_in_shards, run_in_shards
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
 from twostage import (
@@ -29,9 +30,7 @@ from twostage import (
     Stage,
     TooManyFailures,
     Trace,
-    iter_sharded,
     iter_two_stage,
-    run_sharded,
     run_two_stage,
 )
 from twostage.shards.owner import ALONE, _share
@@ -163,11 +162,11 @@ async def aresult(token: str) -> str:
 
 
 def run(items: Any, *stages: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    return run_sharded(items, *stages, **settings)
+    return run_in_shards(items, *stages, **settings)
 
 
 def iterate(items: Any, *stages: Any, ordered: bool = False, **settings: Any) -> list[Any]:  # noqa: ANN401 - as above
-    with iter_sharded(items, *stages, ordered=ordered, **settings) as outcomes:
+    with iterate_in_shards(items, *stages, ordered=ordered, **settings) as outcomes:
         found = {outcome.index: outcome for outcome in outcomes}
     indices = list(found)
     assert not ordered or indices == sorted(indices)
@@ -184,7 +183,7 @@ each_way = pytest.mark.parametrize("job", [run, iterate, partial(iterate, ordere
 @each_way
 @pytest.mark.parametrize("number", [0, 1, 10, 101])
 def test_results_are_those_of_one_machine(job: Callable[..., list[Any]], number: int, away: Away) -> None:
-    settings: dict[str, Any] = {"batch_size": 7, "executor": away, "shards": 3, "shard_size": 10}
+    settings: dict[str, Any] = {"batch_size": 7, "executor": away, "at_once": 3, "size": 10}
     assert job(range(number), tokens, result, **settings) == [str(item) for item in range(number)]
     assert asked == Counter([*range(number), *(f"token {item}" for item in range(number))])
     assert away.shards == -(-number // 10)
@@ -194,7 +193,7 @@ def test_results_are_those_of_one_machine(job: Callable[..., list[Any]], number:
 @each_way
 def test_many_tokens_and_their_failures(job: Callable[..., list[Any]], away: Away) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "many": True, "return_exceptions": True}
-    found = job(range(20), orders, bad_orders, executor=away, shard_size=6, **settings)
+    found = job(range(20), orders, bad_orders, executor=away, size=6, **settings)
     (failure,) = (one for one in found[11] if isinstance(one, Exception))
     assert type(failure) is LookupError
     assert failure.__notes__ == ["twostage: stage two, 11, 1 attempt"]
@@ -204,7 +203,7 @@ def test_many_tokens_and_their_failures(job: Callable[..., list[Any]], away: Awa
 
 @each_way
 def test_first_failure_of_many_tokens_is_raised(job: Callable[..., list[Any]], away: Away) -> None:
-    settings: dict[str, Any] = {"batch_size": 4, "many": True, "executor": away, "shard_size": 6}
+    settings: dict[str, Any] = {"batch_size": 4, "many": True, "executor": away, "size": 6}
     with pytest.raises(LookupError, match="11/1") as raised:
         job(range(20), orders, bad_orders, **settings)
     assert raised.value.__notes__ == ["twostage: stage two, 11, 1 attempt"]
@@ -212,7 +211,7 @@ def test_first_failure_of_many_tokens_is_raised(job: Callable[..., list[Any]], a
 
 @each_way
 def test_coroutines_and_a_pool_of_processes(job: Callable[..., list[Any]], pool: ProcessPoolExecutor) -> None:
-    settings: dict[str, Any] = {"executor": pool, "shards": 2, "shard_size": 20, "batch_size": 5}
+    settings: dict[str, Any] = {"executor": pool, "at_once": 2, "size": 20, "batch_size": 5}
     assert job(range(50), atokens, aresult, **settings) == [str(item) for item in range(50)]
     assert job(range(50), tokens, result, **settings) == [str(item) for item in range(50)]
 
@@ -220,7 +219,7 @@ def test_coroutines_and_a_pool_of_processes(job: Callable[..., list[Any]], pool:
 @each_way
 def test_first_failure_is_raised_as_it_was(job: Callable[..., list[Any]], away: Away) -> None:
     with pytest.raises(LookupError, match="token 37") as raised:
-        job(range(1000), tokens, fails_at_37, batch_size=5, executor=away, shards=2, shard_size=10)
+        job(range(1000), tokens, fails_at_37, batch_size=5, executor=away, at_once=2, size=10)
     assert raised.value.__notes__ == ["twostage: stage two, 37, 1 attempt"]
     assert away.shards <= 8
     shards = away.shards
@@ -230,10 +229,10 @@ def test_first_failure_is_raised_as_it_was(job: Callable[..., list[Any]], away: 
 
 def test_outcomes_before_the_failure_are_handed_over(away: Away) -> None:
     got: list[int] = []
-    settings: dict[str, Any] = {"executor": away, "shards": 1, "shard_size": 10, "result_workers": 1}
+    settings: dict[str, Any] = {"executor": away, "at_once": 1, "size": 10, "result_workers": 1}
     with (
         pytest.raises(LookupError),
-        iter_sharded(range(1000), str, fails_at, ordered=True, **settings) as outcomes,
+        iterate_in_shards(range(1000), str, fails_at, ordered=True, **settings) as outcomes,
     ):
         got += (outcome.item for outcome in outcomes)
     assert got == list(range(37))
@@ -247,16 +246,14 @@ def fails_at(token: str) -> str:
 
 @each_way
 def test_failures_take_their_places(job: Callable[..., list[Any]], away: Away) -> None:
-    found = job(
-        range(50), tokens, fails_at_37, batch_size=5, executor=away, shard_size=8, return_exceptions=True
-    )
+    found = job(range(50), tokens, fails_at_37, batch_size=5, executor=away, size=8, return_exceptions=True)
     assert type(found.pop(37)) is LookupError
     assert found == [str(item) for item in range(50) if item != 37]
 
 
 @pytest.mark.parametrize("most", [9, 0.3])
 def test_too_many_failures_of_the_whole(most: float, away: Away) -> None:
-    settings: dict[str, Any] = {"batch_size": 5, "executor": away, "shards": 2, "shard_size": 10}
+    settings: dict[str, Any] = {"batch_size": 5, "executor": away, "at_once": 2, "size": 10}
     with pytest.raises(TooManyFailures) as raised:
         run(range(1000), tokens, fails_often, return_exceptions=True, max_failures=most, **settings)
     assert type(raised.value.__cause__) is LookupError
@@ -267,16 +264,16 @@ def test_too_many_failures_of_the_whole(most: float, away: Away) -> None:
 
 @pytest.mark.parametrize("most", [5, 0.1])
 def test_shard_that_fails_all_over_ends_early(most: float, away: Away) -> None:
-    settings: dict[str, Any] = {"executor": away, "shard_size": 500, "token_workers": 1, "result_workers": 1}
+    settings: dict[str, Any] = {"executor": away, "size": 500, "token_workers": 1, "result_workers": 1}
     with pytest.raises(TooManyFailures) as raised:
-        run(range(1000), str, fails_always, return_exceptions=True, max_failures=most, shards=1, **settings)
+        run(range(1000), str, fails_always, return_exceptions=True, max_failures=most, at_once=1, **settings)
     assert tries["calls"] < 100
     assert type(raised.value.__cause__) is LookupError
 
 
 def test_share_of_failures_in_one_shard_ends_the_whole(away: Away) -> None:
     """Though there are few of them among the last outcomes of all."""
-    settings: dict[str, Any] = {"executor": away, "shard_size": 100, "shards": 1, "result_workers": 1}
+    settings: dict[str, Any] = {"executor": away, "size": 100, "at_once": 1, "result_workers": 1}
     with pytest.raises(TooManyFailures) as raised:
         run(range(200), str, fails_from_100_to_105, return_exceptions=True, max_failures=0.2, **settings)
     assert type(raised.value.__cause__) is LookupError
@@ -295,7 +292,7 @@ def fails_always(token: str) -> NoReturn:
 
 
 def test_timeout_is_that_of_the_whole(away: Away) -> None:
-    settings: dict[str, Any] = {"executor": away, "shards": 2, "shard_size": 10, "result_workers": 1}
+    settings: dict[str, Any] = {"executor": away, "at_once": 2, "size": 10, "result_workers": 1}
     timer = threading.Timer(0.5, held.set)
     timer.start()
     found = run(range(60), str, waits, timeout=0.2, return_exceptions=True, **settings)
@@ -311,8 +308,8 @@ def test_timeout_is_that_of_the_whole(away: Away) -> None:
 
 def test_timeout_of_many_tokens_is_told_as_that_of_the_whole(away: Away) -> None:
     threading.Timer(0.5, held.set).start()
-    settings: dict[str, Any] = {"executor": away, "shard_size": 10, "result_workers": 1, "many": True}
-    found = run(range(30), pair_of, waits, timeout=0.2, return_exceptions=True, shards=2, **settings)
+    settings: dict[str, Any] = {"executor": away, "size": 10, "result_workers": 1, "many": True}
+    found = run(range(30), pair_of, waits, timeout=0.2, return_exceptions=True, at_once=2, **settings)
     texts = {
         str(one) for each in found if isinstance(each, list) for one in each if isinstance(one, Exception)
     }
@@ -326,18 +323,18 @@ def pair_of(item: int) -> list[str]:
 def test_timeout_raises(away: Away) -> None:
     threading.Timer(0.3, held.set).start()
     with pytest.raises(RunTimeout, match=r"0\.1 s"):
-        run(range(60), str, waits, timeout=0.1, executor=away, shards=2, shard_size=10, result_workers=1)
+        run(range(60), str, waits, timeout=0.1, executor=away, at_once=2, size=10, result_workers=1)
 
 
 def test_equal_items_are_asked_for_once_over_all_shards(away: Away) -> None:
     items = [item % 12 for item in range(60)]
-    found = run(items, tokens, result, batch_size=5, key=int, executor=away, shards=3, shard_size=4)
+    found = run(items, tokens, result, batch_size=5, key=int, executor=away, at_once=3, size=4)
     assert found == [str(item) for item in items]
     assert set(asked.values()) == {1}
 
 
 def test_expired_token_is_refreshed_where_it_is(away: Away) -> None:
-    settings: dict[str, Any] = {"executor": away, "shard_size": 5, "refresh_token_on": ApiError}
+    settings: dict[str, Any] = {"executor": away, "size": 5, "refresh_token_on": ApiError}
     assert run(range(10), str, needs_fresh, **settings) == [str(item) for item in range(10)]
     assert set(tries.values()) == {2}
 
@@ -352,8 +349,8 @@ def test_source_is_read_for_the_shards_that_are_out(away: Away) -> None:
             yield item
 
     taken = 0
-    with iter_sharded(
-        source(), tokens, result, batch_size=5, executor=away, shards=3, shard_size=10
+    with iterate_in_shards(
+        source(), tokens, result, batch_size=5, executor=away, at_once=3, size=10
     ) as outcomes:
         for _ in outcomes:
             taken += 1
@@ -369,7 +366,7 @@ def test_source_s_failure_is_raised_after_what_is_done(away: Away) -> None:
     got: list[int] = []
     with (
         pytest.raises(OSError, match=r"^$"),
-        iter_sharded(source(), str, str, executor=away, shards=1, shard_size=10) as outcomes,
+        iterate_in_shards(source(), str, str, executor=away, at_once=1, size=10) as outcomes,
     ):
         got += (outcome.item for outcome in outcomes)
     assert got == list(range(20))  # a shard that is not whole yet was not sent
@@ -395,7 +392,7 @@ def test_each_shard_has_its_share_of_a_rate(away: Away, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(away, "submit", note)
     stage = Stage(result, rate=400)
-    run(range(80), str, stage, executor=away, shards=2, shard_size=40)
+    run(range(80), str, stage, executor=away, at_once=2, size=40)
     assert [work.fetch.__self__.second.stage.rate for work in sent] == [200, 200]
     assert stage.rate == 400
 
@@ -442,7 +439,7 @@ def test_observer_hears_of_all_shards(away: Away, caplog: pytest.LogCaptureFixtu
         batch_size=10,
         retry=AT_ONCE,
         executor=away,
-        shard_size=20,
+        size=20,
         observer=seen,
     )
     first = [attempt for attempt in seen.attempts if attempt.stage == 1]
@@ -469,7 +466,7 @@ def test_attempts_do_not_travel_if_nobody_asks(away: Away, monkeypatch: pytest.M
         return answer
 
     monkeypatch.setattr(sys.modules[__name__], "_there", note)
-    run(range(20), tokens, fails_once, retry=AT_ONCE, batch_size=5, executor=away, shard_size=20)
+    run(range(20), tokens, fails_once, retry=AT_ONCE, batch_size=5, executor=away, size=20)
     assert [(len(answer.heard.attempts), len(answer.heard.retries)) for answer in answers] == [(0, 20)]
 
 
@@ -481,8 +478,8 @@ def test_journal_is_kept_here(job: Callable[..., list[Any]], away: Away, path: P
     settings: dict[str, Any] = {
         "batch_size": 5,
         "executor": away,
-        "shards": 2,
-        "shard_size": 10,
+        "at_once": 2,
+        "size": 10,
         "journal": path,
     }
     job(range(50), tokens, fails_at_37, return_exceptions=True, **settings)
@@ -500,12 +497,12 @@ def test_journal_is_kept_here(job: Callable[..., list[Any]], away: Away, path: P
 
 def test_journal_has_each_of_many_tokens(away: Away, path: Path) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "many": True, "return_exceptions": True, "journal": path}
-    run(range(20), orders, bad_orders, executor=away, shard_size=6, **settings)
+    run(range(20), orders, bad_orders, executor=away, size=6, **settings)
     asked.clear()
     journal = Journal(path, job="orders, bad_orders")
-    assert run(
-        range(20), orders, result, executor=away, shard_size=6, **{**settings, "journal": journal}
-    ) == [list(map(str, one)) for one in orders(list(range(20)))]
+    assert run(range(20), orders, result, executor=away, size=6, **{**settings, "journal": journal}) == [
+        list(map(str, one)) for one in orders(list(range(20)))
+    ]
     assert {key: asked[key] for key in ("11/0", "11/1")} == {"11/0": 1, "11/1": 1}
     assert sum(asked[token] for one in orders(list(range(20))) for token in one) == 2
 
@@ -527,7 +524,7 @@ def test_word_of_a_policy_is_not_recorded(away: Away, path: Path) -> None:
         wait=wait_none(),
         retry_error_callback=stand_in,
     )
-    settings: dict[str, Any] = {"executor": away, "journal": path, "shard_size": 20}
+    settings: dict[str, Any] = {"executor": away, "journal": path, "size": 20}
     found = run(range(40), tokens, Stage(fails_at_37, retry=policy), batch_size=5, **settings)
     assert found[37] == "stands in"
     assert Journal(path).recorded().results == 39
@@ -590,7 +587,7 @@ class Mortal(Away):
 @each_way
 def test_item_that_kills_fails_alone(job: Callable[..., list[Any]]) -> None:
     executor = Mortal({33}, {5: 6, 47: 2})  # 5 stands alone when it is unlucky for the last times
-    settings: dict[str, Any] = {"executor": executor, "shards": 3, "shard_size": 10, "batch_size": 5}
+    settings: dict[str, Any] = {"executor": executor, "at_once": 3, "size": 10, "batch_size": 5}
     found = job(range(60), tokens, result, return_exceptions=True, **settings)
     assert type(found.pop(33)) is KilledWorker
     assert found == [str(item) for item in range(60) if item != 33]
@@ -602,7 +599,7 @@ def test_item_that_kills_fails_alone(job: Callable[..., list[Any]]) -> None:
 def test_killer_ends_the_job_when_failures_do() -> None:
     executor = Mortal({33}, {})
     with pytest.raises(KilledWorker):
-        run(range(60), tokens, result, executor=executor, shards=3, shard_size=10, batch_size=5)
+        run(range(60), tokens, result, executor=executor, at_once=3, size=10, batch_size=5)
     executor.pool.shutdown()
 
 
@@ -611,7 +608,7 @@ def test_broken_pool_ends_the_job() -> None:
         ProcessPoolExecutor(2, get_context("spawn")) as pool,
         pytest.raises(BrokenExecutor),
     ):
-        run(range(60), str, dies, executor=pool, shards=2, shard_size=10, return_exceptions=True)
+        run(range(60), str, dies, executor=pool, at_once=2, size=10, return_exceptions=True)
 
 
 def dies(token: str) -> str:
@@ -623,7 +620,7 @@ def dies(token: str) -> str:
 def test_item_that_cannot_be_sent_fails_alone(away: Away) -> None:
     items: list[Any] = [*range(20)]
     items[7] = threading.Lock()
-    found = run(items, type_of, str, executor=away, shard_size=10, return_exceptions=True)
+    found = run(items, type_of, str, executor=away, size=10, return_exceptions=True)
     assert type(found[7]) is ValueError
     assert "a lock that can't be pickled" in str(found[7])
     assert [one for place, one in enumerate(found) if place != 7] == ["int"] * 19
@@ -634,8 +631,8 @@ def type_of(item: object) -> str:
 
 
 def test_closing_early_awaits_the_shards_that_run(away: Away) -> None:
-    with iter_sharded(
-        range(1000), tokens, result, batch_size=5, executor=away, shards=3, shard_size=10
+    with iterate_in_shards(
+        range(1000), tokens, result, batch_size=5, executor=away, at_once=3, size=10
     ) as outcomes:
         next(outcomes)
     assert away.running == 0
@@ -662,19 +659,19 @@ class ClientExecutor(Away):
 def test_bad_arguments_are_refused(away: Away, *, iterates: bool) -> None:
     def job(*stages: Any, **settings: Any) -> object:  # noqa: ANN401 - any job
         settings = {"executor": away, **settings}
-        return (iter_sharded if iterates else run_sharded)(
+        return (iterate_in_shards if iterates else run_in_shards)(
             range(3), *(stages or (tokens, result)), **settings
         )
 
     for bad in (None, 3, ThreadPoolExecutor, AsyncExecutor()):
         with refused(TypeError, r"executor is .*; expected what shards are sent to"):
             job(executor=bad)
-    with refused(ValueError, "shards is 0; expected an integer of at least 1"):
-        job(shards=0)
-    with refused(TypeError, r"shard_size is 1\.5; expected an integer"):
-        job(shard_size=1.5)
-    with refused(ValueError, "window is 5; expected at least the shard_size of 10"):
-        job(window=5, shard_size=10)
+    with refused(ValueError, "at_once is 0; expected an integer of at least 1"):
+        job(at_once=0)
+    with refused(TypeError, r"size is 1\.5; expected an integer"):
+        job(size=1.5)
+    with refused(ValueError, "window is 5; expected at least the size of a shard, 10"):
+        job(window=5, size=10)
     with refused(TypeError, "trace is given, and a Trace is one machine's"):
         job(trace=Trace())
     with refused(TypeError, "fetch_result's Stage has an executor, which stays in this process"):
@@ -724,9 +721,7 @@ def test_what_cannot_travel_is_named(
 
 
 def test_policies_travel(pool: ProcessPoolExecutor) -> None:
-    found = run(
-        range(30), str, Stage(fails_once, retry=AT_ONCE_THERE), executor=pool, shard_size=10, shards=2
-    )
+    found = run(range(30), str, Stage(fails_once, retry=AT_ONCE_THERE), executor=pool, size=10, at_once=2)
     assert found == [str(item) for item in range(30)]
 
 
@@ -737,7 +732,7 @@ def test_executor_whose_worker_the_caller_holds_is_refused() -> None:
     with ThreadPoolExecutor(2) as executor:
 
         def nested(item: int) -> Any:  # noqa: ANN401 - what is raised
-            return run_sharded([item], str, str, executor=executor)
+            return run_in_shards([item], str, str, executor=executor)
 
         (found,) = run_two_stage([1], Stage(nested, executor=executor), str, return_exceptions=True)
         assert "executor runs the attempt that starts this job" in str(found)
@@ -748,7 +743,7 @@ def test_both_functions_are_like_their_namesakes(away: Away) -> None:
     settings: dict[str, Any] = {"batch_size": 3, "retry": AT_ONCE, "ordered": True}
     with iter_two_stage(range(10), tokens, result, **settings) as plain:
         expected = [(one.index, one.item, one.token, one.result, one.token_attempts) for one in plain]
-    with iter_sharded(range(10), tokens, result, executor=away, **settings) as outcomes:
+    with iterate_in_shards(range(10), tokens, result, executor=away, **settings) as outcomes:
         found = [(one.index, one.item, one.token, one.result, one.token_attempts) for one in outcomes]
     assert found == expected
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from away_on_dask import DEADLY, die, fail_at_0, fetch_result, fetch_results, fetch_tokens, same
 from common import needs_clients, ours, until
+from in_shards import iterate_in_shards, run_in_shards
 
-from twostage import Stage, iter_sharded, run_sharded
+from twostage import Stage
 from twostage.demo.answers import result_of, token_of
 from twostage.demo.api import EmbeddedApi
 
@@ -72,7 +73,7 @@ def test_killed_worker_loses_nothing_of_20_000_items(executor: Executor, tmp_pat
             Stage(fetch_and_die, batch_size=50, workers=8),
         )
         found: dict[int, Any] = {}
-        with iter_sharded(range(number), *stages, executor=executor, shards=6, shard_size=size) as outcomes:
+        with iterate_in_shards(range(number), *stages, executor=executor, at_once=6, size=size) as outcomes:
             for outcome in outcomes:
                 assert outcome.index not in found
                 assert outcome.token == token_of(outcome.item)
@@ -84,8 +85,8 @@ def test_killed_worker_loses_nothing_of_20_000_items(executor: Executor, tmp_pat
 
 
 def test_item_that_kills_its_worker_fails_alone(executor: Executor) -> None:
-    settings: dict[str, Any] = {"executor": executor, "shards": 4, "shard_size": 4, "return_exceptions": True}
-    found = run_sharded(range(48), die, same, **settings)
+    settings: dict[str, Any] = {"executor": executor, "at_once": 4, "size": 4, "return_exceptions": True}
+    found = run_in_shards(range(48), die, same, **settings)
     assert type(found[DEADLY]).__name__ == "KilledWorker"
     assert [one for item, one in enumerate(found) if item != DEADLY] == [
         item for item in range(48) if item != DEADLY
@@ -97,13 +98,13 @@ def test_shards_that_nobody_waits_for_end(client: Client, executor: Executor) ->
     with EmbeddedApi(token_latency=0.01, result_latency=0.01) as api:
         settings: dict[str, Any] = {"token_workers": 2, "result_workers": 2}
         with pytest.raises(LookupError):
-            run_sharded(
+            run_in_shards(
                 range(WORKERS * size),
                 partial(fail_at_0, api.url),
                 partial(fetch_result, api.url),
                 executor=executor,
-                shards=WORKERS,
-                shard_size=size,
+                at_once=WORKERS,
+                size=size,
                 **settings,
             )
         until(lambda: not any(client.run(running).values()))
@@ -117,7 +118,7 @@ def running(dask_worker: Any) -> int:  # noqa: ANN401 - Dask has no types
 def test_executor_that_thinks_calls_pure_makes_them_all_the_same(client: Client) -> None:
     with EmbeddedApi(token_latency=0, result_latency=0) as api:
         for times in (1, 2):
-            run_sharded(
+            run_in_shards(
                 range(50), partial(fetch_tokens, api.url), same, batch_size=10, executor=client.get_executor()
             )
             assert api.answers.ids.total() == times * 50
@@ -128,10 +129,10 @@ def test_profiler_that_can_stop_this_python_is_warned_of(
 ) -> None:
     import dask  # noqa: PLC0415 - as above
 
-    settings: dict[str, Any] = {"executor": executor, "shard_size": 2}
+    settings: dict[str, Any] = {"executor": executor, "size": 2}
     with dask.config.set({"distributed.worker.profile.enabled": True}):
         monkeypatch.setattr("twostage.shards.owner.sys.version_info", (3, 11, 8))
         with pytest.warns(RuntimeWarning, match=r"distributed\.worker\.profile\.enabled off"):
-            run_sharded(range(4), same, same, **settings)
+            run_in_shards(range(4), same, same, **settings)
         monkeypatch.setattr("twostage.shards.owner.sys.version_info", (3, 11, 9))
-        run_sharded(range(4), same, same, **settings)
+        run_in_shards(range(4), same, same, **settings)

@@ -177,7 +177,7 @@ SHARDS = """
 import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from twostage import run_sharded
+from twostage import Shards, run_two_stage
 
 taken = threading.local()
 original_put = bucket.put
@@ -198,8 +198,8 @@ def fetch_result(token):
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        settings = {"batch_size": 50, "executor": pool, "shards": 2, "shard_size": 50}
-        print(json.dumps(run_sharded(range(200), fetch_tokens, fetch_result_in_turn, **settings)))
+        settings = {"batch_size": 50, "shards": Shards(pool, at_once=2, size=50)}
+        print(json.dumps(run_two_stage(range(200), fetch_tokens, fetch_result_in_turn, **settings)))
 """
 
 

@@ -20,10 +20,11 @@ import requests
 from tenacity import Future, RetryCallState, Retrying, TryAgain, wait_fixed
 
 from twostage import Throttled, is_transient, run_two_stage, wait_retry_after
+from twostage.base.kinds import Kind
 from twostage.base.records import Outcome
 from twostage.failing.retry import End, Judge, Retry, default_policy
 from twostage.failing.throttling import LONGEST_PAUSE, retry_after
-from twostage.failing.transient import THROTTLING_CODES, Kind, is_throttled, kind_of
+from twostage.failing.transient import THROTTLING_CODES, is_throttled, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

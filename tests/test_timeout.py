@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import PATIENCE, Run, each_way, nothing_collected, ours, run, source_of, until
+from common import PATIENCE, Run, books, each_way, nothing_collected, ours, run, source_of, until
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
 from tenacity import Retrying, TryAgain, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
@@ -302,7 +302,7 @@ def test_books_are_in_order_when_all_is_over(*, ordered: bool) -> None:
     settings: dict[str, Any] = {"ordered": ordered, "timeout": 2.5, "return_exceptions": True}
     with iter_two_stage(range(400), first, second, **settings) as outcomes:
         assert len(list(outcomes)) == 400
-        assert outcomes._job._coordinator.at_work == 0
+        assert books(outcomes).at_work == 0
 
 
 # --- failures that would be tried again

@@ -15,9 +15,9 @@ from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import Journal, Stage, Trace
+from twostage.observing.record import ATTEMPTS
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 from twostage.tracing.timeline import area, calls_running, lanes, tokens_waiting
-from twostage.tracing.trace import ATTEMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ The names below are the public ones, and those of `twostage.testing`, with which
 `twostage.observing`, whose events an `Observer` hears; the other modules are the library's own business.
 """
 
-from twostage.async_run import aiter_two_stage, arun_two_stage
+from twostage.base.kinds import RemoteError
 from twostage.base.records import Outcome
 from twostage.errors import (
     AttemptTimeout,
@@ -12,7 +12,6 @@ from twostage.errors import (
     JournalError,
     MissingToken,
     RecordedFailure,
-    RemoteError,
     RunTimeout,
     TooManyFailures,
 )
@@ -22,9 +21,9 @@ from twostage.job.outcomes import AsyncOutcomes, Outcomes
 from twostage.journal.journal import Journal
 from twostage.observing.events import Observer, Progress
 from twostage.pace.rates import Rate
-from twostage.run import iter_two_stage, run_two_stage
+from twostage.run import aiter_two_stage, arun_two_stage, iter_two_stage, run_two_stage
 from twostage.running.async_executor import AsyncExecutor
-from twostage.sharded import iter_sharded, run_sharded
+from twostage.shards.owner import Shards
 from twostage.stage import Stage
 from twostage.tracing.trace import Trace
 
@@ -44,6 +43,7 @@ __all__ = [
     "RecordedFailure",
     "RemoteError",
     "RunTimeout",
+    "Shards",
     "Stage",
     "Throttled",
     "TooManyFailures",
@@ -51,9 +51,7 @@ __all__ = [
     "aiter_two_stage",
     "arun_two_stage",
     "is_transient",
-    "iter_sharded",
     "iter_two_stage",
-    "run_sharded",
     "run_two_stage",
     "wait_retry_after",
 ]

@@ -35,8 +35,8 @@ from twostage.demo.answers import (
 )
 from twostage.demo.api import EmbeddedApi
 from twostage.demo.client import TIMEOUT, Client
-from twostage.journal import report
-from twostage.tracing import plan
+from twostage.journal import report as _journal_report
+from twostage.tracing import plan as _plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -94,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "journal":
-        return report.main(argv[1:])
+        return _journal_report.main(argv[1:])
     if argv and argv[0] == "plan":
-        return plan.main(argv[1:])
+        return _plan.main(argv[1:])
     options = parse(argv)
     options.trace = Trace()
     options.progress = importlib.util.find_spec("tqdm") is not None

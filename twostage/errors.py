@@ -1,47 +1,24 @@
-"""The library's own exceptions and warnings; all other exceptions are the caller's functions'."""
+"""The library's own exceptions; all other exceptions are the caller's functions'."""
 
 from __future__ import annotations
 
-import contextlib
-import reprlib
-import sys
-import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from twostage.base.words import FUNCTIONS, STAGES, brief
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
-    from types import FrameType
-
-    from twostage.base.records import Outcome
-    from twostage.failing.transient import Kind
 
 __all__ = [
-    "FUNCTIONS",
-    "STAGES",
     "AttemptTimeout",
-    "BaseRemoteError",
     "BatchLengthError",
-    "Classified",
     "JournalError",
     "MissingToken",
     "RecordedFailure",
-    "RemoteError",
-    "RemoteTraceback",
     "RunTimeout",
     "TooManyFailures",
-    "add_note",
-    "brief",
-    "warn",
-    "without_our_frames",
 ]
-
-ErrorT = TypeVar("ErrorT", bound=BaseException)
-
-FUNCTIONS = {"fetch_token": ("item", "token"), "fetch_result": ("token", "result")}
-"""What each function takes, and what it returns for one of them; for messages."""
-
-STAGES = {1: "stage one", 2: "stage two"}
 
 
 class BatchLengthError(ValueError):
@@ -92,7 +69,7 @@ class TooManyFailures(RuntimeError):  # noqa: N818 - the name says it
             has handed them over.)
     """
 
-    outcomes: Sequence[Outcome[Any, Any, Any]] = ()
+    outcomes: Sequence[Any] = ()
 
 
 class JournalError(RuntimeError):
@@ -140,109 +117,3 @@ class RecordedFailure(Exception):  # noqa: N818 - the name says it
 
     def __repr__(self) -> str:
         return f"<RecordedFailure of item {brief(self.item)}: {self}>"  # the text often holds a URL
-
-
-class Classified(NamedTuple):
-    """What was found out about an exception in the process that raised it, where its causes were there too.
-
-    Attributes:
-        kind: Of failure.
-        late: Whether it says that the answer is late.
-        retry_after: How many seconds the API's answer asks to wait.
-    """
-
-    kind: Kind
-    late: bool
-    retry_after: float | None
-
-
-class BaseRemoteError(BaseException):
-    """A `RemoteError` for one that is no `Exception`, and so ends the job."""
-
-    def __init__(self, type_name: str, text: str, status: int | None, known: Classified) -> None:
-        super().__init__(type_name, text, status, known)
-        self.type_name = type_name
-        self.text = text
-        self.status = status
-        self.retry_after = known.retry_after
-        self.known = known
-
-    def __str__(self) -> str:
-        return f"{self.type_name}: {self.text}"
-
-    def __repr__(self) -> str:
-        status = "" if self.status is None else f", status {self.status}"
-        return f"<{type(self).__name__} for {self.type_name}{status}>"  # the text often holds a URL
-
-
-class RemoteError(BaseRemoteError, Exception):
-    """Stands for an exception of another process that can't be pickled, or not unpickled.
-
-    It counts as what it stands for: whether it is transient, throttled or an outage, and how long it asks
-    to wait. Those are many clients' errors, as `httpx.HTTPStatusError` or `openai.RateLimitError`, whose
-    classes want arguments that pickle does not keep.
-
-    Attributes:
-        type_name: The exception's class, as "openai.RateLimitError".
-        text: What `str` makes of it.
-        status: The HTTP status that it carries, or `None`.
-        retry_after: How many seconds the API's answer asks to wait, or `None`.
-    """
-
-
-class RemoteTraceback(BaseException):
-    """The traceback of an exception of another process, as that one's `__cause__`.
-
-    (It is no `Exception`, so that nobody takes it for the failure behind the failure.)
-
-    Attributes:
-        text: As Python prints it, with the causes.
-        known: What else did not travel with the exception.
-    """
-
-    def __init__(self, text: str, known: Classified) -> None:
-        super().__init__(text, known)
-        self.text = text
-        self.known = known
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}>"
-
-
-def brief(item: object) -> str:
-    """Returns a short text for an item, whatever it is: its own `repr` may fail, or refuse a huge number."""
-    try:
-        return reprlib.repr(item)
-    except Exception:  # noqa: BLE001 - the failure that is being told of must not be lost over this one
-        return f"<{type(item).__name__}>"
-
-
-def add_note(error: Exception, note: str) -> None:
-    """Adds our note, once: one exception may stand for many items, and may have been raised before."""
-    notes = getattr(error, "__notes__", ())
-    if not any(isinstance(one, str) and one.startswith("twostage: ") for one in notes):
-        with contextlib.suppress(Exception):  # frozen ones refuse, and are raised as they are
-            error.add_note(f"twostage: {note}")
-
-
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns as from the line that called into the library, however deep in it the cause was seen."""
-    level, frame = 1, sys._getframe()  # noqa: SLF001 - `skip_file_prefixes` came with 3.12 only
-    while frame.f_back is not None and _is_ours(frame):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
-
-
-def without_our_frames(error: ErrorT) -> ErrorT:
-    """Returns `error` with a traceback that begins where our code called the user's or a library's."""
-    traceback = error.__traceback__
-    while traceback is not None and _is_ours(traceback.tb_frame):
-        traceback = traceback.tb_next
-    return error.with_traceback(traceback)
-
-
-def _is_ours(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "twostage"

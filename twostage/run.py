@@ -1,11 +1,28 @@
-"""The two functions, and what a type checker is to know of them: a job is built and driven."""
+"""The four functions, and what a type checker is to know of them.
+
+The rows of `run_two_stage` and `iter_two_stage` stand here once; the two for async code have the same ones,
+by way of a `ParamSpec` (mypy from 1.8 on, and pyright, keep all rows of a function that goes through one).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
+import inspect
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 
-from twostage.errors import warn
+from twostage.base.words import warn
 from twostage.job.building import (
     RESULT_WORKERS,
     TOKEN_WORKERS,
@@ -13,49 +30,48 @@ from twostage.job.building import (
     RunOptions,
     Watching,
     build,
+    build_async,
     settled,
 )
-from twostage.job.outcomes import Outcomes
-from twostage.stage import (
-    DEFAULT_RETRY,
-    ONE_ITEM_A_CALL,
-    ONE_TOKEN_AN_ITEM,
-    Answers,
-    Default,
-    InBatches,
-    Many,
-    OneByOne,
-    Stage,
-)
+from twostage.job.outcomes import AsyncOutcomes, Outcomes
+from twostage.shards.owner import build_sharded
+from twostage.stage import DEFAULT_RETRY, ONE_ITEM_A_CALL, ONE_TOKEN_AN_ITEM, Answers, Default, Many, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Coroutine, Hashable, Iterable
+    from typing import Unpack
 
     from twostage.base.checks import Failures
     from twostage.failing.retry import RetryPolicy
-    from twostage.job.building import Settings
+    from twostage.job.outcomes import AsyncJob, Job
     from twostage.journal.journal import JournalLike
     from twostage.observing.bar import ProgressLike
     from twostage.observing.events import Observer
-    from twostage.tracing.trace import Trace
+    from twostage.observing.record import Record
+    from twostage.shards.owner import Shards
 
-__all__ = [
-    "DEFAULT_RESULT_WORKERS",
-    "DEFAULT_TOKEN_WORKERS",
-    "iter_two_stage",
-    "run_two_stage",
-]
+__all__ = ["aiter_two_stage", "arun_two_stage", "iter_two_stage", "run_two_stage"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
+P = ParamSpec("P")
 
 DEFAULT_TOKEN_WORKERS = Default(str(TOKEN_WORKERS))
 DEFAULT_RESULT_WORKERS = Default(str(RESULT_WORKERS))
 
+Later: TypeAlias = "Callable[[ItemT], Awaitable[ResultT]]"
+Now: TypeAlias = "Callable[[ItemT], ResultT] | Stage[ItemT, ResultT]"
+AnyOne: TypeAlias = "Callable[[ItemT], Awaitable[TokenT] | TokenT] | Stage[ItemT, TokenT]"
+Batch: TypeAlias = "Callable[[list[ItemT]], Awaitable[Answers[ItemT, TokenT]] | Answers[ItemT, TokenT]] | Stage[list[ItemT], Answers[ItemT, TokenT]]"
+Lists: TypeAlias = "Callable[[ItemT], Awaitable[Collection[TokenT]] | Collection[TokenT]]"
+BatchOfLists: TypeAlias = "Callable[[list[ItemT]], Awaitable[Answers[ItemT, Collection[TokenT]]] | Answers[ItemT, Collection[TokenT]]]"
+One: TypeAlias = "Default | None"
+No: TypeAlias = "Literal[False]"
+
 
 class Options(TypedDict, Generic[ItemT], total=False):
-    """The arguments of both functions that what they return does not depend on."""
+    """The arguments that what is returned does not depend on."""
 
     token_workers: int | Default
     result_workers: int | Default
@@ -67,298 +83,100 @@ class Options(TypedDict, Generic[ItemT], total=False):
     timeout: float | None
     max_failures: float | None
     journal: JournalLike | None
+    shards: Shards | None
     progress: ProgressLike
     total: int | None
-    trace: Trace | None
+    trace: Record | None
     observer: Observer | Iterable[Observer] | None
 
 
+class StreamOptions(Options[ItemT], Generic[ItemT], total=False):
+    """Those of a stream."""
+
+    ordered: bool
+    linger: float | None
+
+
+# A row is the function as a checker sees it, for one kind of arguments.
+# fmt: off
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[list[ResultT]]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT | Exception] | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[list[ResultT | Exception] | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[list[ResultT]]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[list[ResultT | Exception] | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: AnyOne[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[ResultT]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: AnyOne[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[ResultT | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Later[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[ResultT]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT | Exception] | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Later[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[ResultT | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Callable[[ItemT], TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[ResultT]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT | Exception] | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Callable[[ItemT], TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[ResultT | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[ResultT]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT | Exception] | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[ResultT | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Batch[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: No | Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[ResultT]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Batch[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: No | Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[ResultT | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Batch[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: No | Default = ..., return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[ResultT]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Batch[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: No | Default = ..., return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[ResultT | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[list[ResultT]]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[list[ResultT | Exception] | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[list[ResultT]]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[ResultT | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[list[ResultT | Exception] | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[list[ResultT]]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT | Exception] | Exception]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[list[ResultT | Exception] | Exception]: ...
 @overload
-def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT]]: ...
+def run_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: No = ..., **options: Unpack[Options[ItemT]]) -> list[list[ResultT]]: ...
 @overload
+def run_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: bool, **options: Unpack[Options[ItemT]]) -> list[list[ResultT | Exception] | Exception]: ...
+# fmt: on
 def run_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: bool,
-    **options: Unpack[Options[ItemT]],
-) -> list[list[ResultT | Exception] | Exception]: ...
-def run_two_stage(  # noqa: PLR0913 - a job's settings
     items: Iterable[Any],
     fetch_token: Callable[[Any], Any] | Stage[Any, Any],
     fetch_result: Callable[[Any], Any] | Stage[Any, Any],
-    *,
-    batch_size: int | Default | None = ONE_ITEM_A_CALL,
-    token_workers: int | Default = DEFAULT_TOKEN_WORKERS,
-    result_workers: int | Default = DEFAULT_RESULT_WORKERS,
-    retry: RetryPolicy | Default = DEFAULT_RETRY,
-    many: bool | Default = ONE_TOKEN_AN_ITEM,
-    key: Callable[[Any], Hashable] | None = None,
-    refresh_token_on: Failures | None = None,
-    max_refreshes: int = 1,
-    return_exceptions: bool = False,
-    window: int | None = None,
-    timeout: float | None = None,
-    max_failures: float | None = None,
-    journal: JournalLike | None = None,
-    progress: ProgressLike = False,
-    total: int | None = None,
-    trace: Trace | None = None,
-    observer: Observer | Iterable[Observer] | None = None,
+    **options: Any,
 ) -> list[Any]:
     """Makes two calls for each item, many at once, and returns the results in the items' order.
 
@@ -399,6 +217,7 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
         journal: A file that records what the calls give, so that the same script run again makes only those
             that are missing: its path, or a `Journal`. Items, or what `key` returns, are then `str`, `int`
             or what JSON can say, and so are tokens and results. Default: nothing is recorded.
+        shards: Where, and in what portions, a job on more than one machine runs: a `Shards`. Default: here.
         progress: Whether a bar of tqdm shows how far the job is (`pip install 'twostage[progress]'`): `True`
             if standard error is a terminal, or this is a notebook; "always" in any case. Or a function that
             takes a `Progress`, at most ten times a second. Default: nothing is shown.
@@ -425,14 +244,8 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     >>> run_two_stage(["a", "b", "c"], lambda batch: [item.upper() for item in batch], ord, batch_size=2)
     [65, 66, 67]
     """
-    stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    _warn_of_loop(stages, "arun_two_stage")
-    options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
     results: list[Any] = []
-    run_options = RunOptions(
-        return_exceptions, timeout, max_failures, Watching(progress, total, trace, observer)
-    )
-    job = build(items, *stages, options, run_options, results)
+    job: Job = _job("arun_two_stage", items, fetch_token, fetch_result, results=results, **options)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
         if job.error is not None:
@@ -442,264 +255,70 @@ def run_two_stage(  # noqa: PLR0913 - a job's settings
     return results
 
 
+# fmt: off
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: No = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: bool,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: bool, **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, TokenT] | Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, TokenT, ResultT]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: No = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, TokenT, ResultT]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, Many[TokenT]], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Default = ..., return_exceptions: bool, **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: AnyOne[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: bool,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Later[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Callable[[ItemT], TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], Awaitable[ResultT]],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: bool,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Stage[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: No | Default = ..., return_exceptions: bool = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Batch[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: No | Default = ..., return_exceptions: bool = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, Many[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Default = ...,
-    return_exceptions: bool,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Batch[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: No | Default = ..., return_exceptions: bool = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, TokenT, ResultT]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], Awaitable[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, TokenT, ResultT]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: No = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Callable[[ItemT], TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, TokenT, ResultT]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: bool, **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: Stage[ItemT, TokenT],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, TokenT, ResultT]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: No = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, TokenT] | Stage[list[ItemT], Answers[ItemT, TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[False] | Default = ...,
-    return_exceptions: bool = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, TokenT, ResultT]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: Lists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: One = ..., many: Literal[True], return_exceptions: bool, **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: No = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: OneByOne[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: Default | None = ...,
-    many: Literal[True],
-    return_exceptions: bool,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Later[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: bool, **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
 @overload
-def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: Literal[False] = ...,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
+def iter_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: No = ..., **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT]]: ...
 @overload
+def iter_two_stage(items: Iterable[ItemT], fetch_token: BatchOfLists[ItemT, TokenT], fetch_result: Now[TokenT, ResultT], *,
+        batch_size: int, many: Literal[True], return_exceptions: bool, **options: Unpack[StreamOptions[ItemT]]) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
+# fmt: on
 def iter_two_stage(
-    items: Iterable[ItemT],
-    fetch_token: InBatches[ItemT, Collection[TokenT]],
-    fetch_result: Callable[[TokenT], ResultT] | Stage[TokenT, ResultT],
-    *,
-    batch_size: int,
-    many: Literal[True],
-    return_exceptions: bool,
-    ordered: bool = ...,
-    linger: float | None = ...,
-    **options: Unpack[Options[ItemT]],
-) -> Outcomes[ItemT, list[TokenT], list[ResultT | Exception]]: ...
-def iter_two_stage(  # noqa: PLR0913 - a job's settings
     items: Iterable[Any],
     fetch_token: Callable[[Any], Any] | Stage[Any, Any],
     fetch_result: Callable[[Any], Any] | Stage[Any, Any],
     *,
-    batch_size: int | Default | None = ONE_ITEM_A_CALL,
-    token_workers: int | Default = DEFAULT_TOKEN_WORKERS,
-    result_workers: int | Default = DEFAULT_RESULT_WORKERS,
-    retry: RetryPolicy | Default = DEFAULT_RETRY,
-    many: bool | Default = ONE_TOKEN_AN_ITEM,
-    key: Callable[[Any], Hashable] | None = None,
-    refresh_token_on: Failures | None = None,
-    max_refreshes: int = 1,
-    return_exceptions: bool = False,
-    window: int | None = None,
-    timeout: float | None = None,
-    max_failures: float | None = None,
-    journal: JournalLike | None = None,
-    progress: ProgressLike = False,
-    total: int | None = None,
-    trace: Trace | None = None,
-    observer: Observer | Iterable[Observer] | None = None,
     ordered: bool = False,
     linger: float | None = None,
+    **options: Any,
 ) -> Outcomes[Any, Any, Any]:
     """Makes two calls for each item, many at once, and hands the outcomes over as they complete.
 
@@ -708,44 +327,12 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     that no call goes on after an exception in the loop.
 
     Args:
-        items: Any iterable; it is read as the job goes on, in this thread, a batch at a time. While a
-            slow one is waited for, nothing is handed over. An iterator is closed at the end, if it can be.
-        fetch_token: Stage one: takes an item and returns its token. With `batch_size` it takes a fresh
-            `list` of items and returns as many tokens, in their order, or a mapping from items to tokens;
-            an exception in a token's place fails that item alone. Or a `Stage`.
-        fetch_result: Stage two: takes a token and returns the result. Or a `Stage`.
-        batch_size: How many items one call of stage one takes at most. Default: one, not in a list.
-        token_workers: How many calls of stage one run at once. Default: 4.
-        result_workers: How many calls of stage two run at once. Default: 32.
-        retry: What is tried again, for stages that do not say it themselves: a tenacity `Retrying`, a
-            number of attempts for the default policy, or `None` for calls that must not be repeated.
-            Default: 10 attempts over some 22 s, if the failure is transient (see `is_transient`).
-        many: Whether an item has many tokens: what else is its token is then a list of them, and its
-            result the list of their results, in their order. Default: no.
-        key: Gives an item's identity, hashable. Items of equal key are asked for once and share what comes
-            of it, among those that were read and not handed over. It is called where the source is read.
-            Default: each item is asked for by itself.
-        refresh_token_on: Which failures of stage two mean that a token is no good any more: exception
-            types, or a function that takes an exception. The item then gets a new token from stage one.
-        max_refreshes: How often that may happen to one item; then the failure is the outcome.
-        return_exceptions: Whether a failed item is an outcome like any other, with its `exception` set.
-            Off, the first failure is raised from `next`, after the outcomes that were done before it.
-        window: How many items may be read and not handed over, at most. Default: the larger of
-            10,000 and ten times the calls' own need, which is enough for retries and stragglers.
-        timeout: Seconds for the whole run, from the first `next`. Past it nothing new starts; calls that
-            run are awaited and count. Default: no limit.
-        max_failures: How many items may fail before the job ends with `TooManyFailures`: a number, or as a
-            `float` below 1 a share of the last 100 outcomes, once there are 20. It needs
-            `return_exceptions`. Default: any number.
-        journal: A file that records what the calls give, so that the same script run again makes only those
-            that are missing: its path, or a `Journal`. Items, or what `key` returns, are then `str`, `int`
-            or what JSON can say, and so are tokens and results. Default: nothing is recorded.
-        progress: Whether a bar of tqdm shows how far the job is (`pip install 'twostage[progress]'`): `True`
-            if standard error is a terminal, or this is a notebook; "always" in any case. Or a function that
-            takes a `Progress`, at most ten times a second. Default: nothing is shown.
-        total: How many items there are, for the progress. Default: `len(items)`, if they have one.
-        trace: A `Trace` that records each attempt.
-        observer: An `Observer` that hears what happens, or several.
+        items: As for `run_two_stage`; so are the two functions.
+        fetch_token: Stage one.
+        fetch_result: Stage two.
+        **options: What `run_two_stage` takes, and those two. With `return_exceptions` a failed item is an
+            outcome like any other, with its `exception` set; off, the first failure is raised from `next`,
+            after the outcomes that were done before it.
         ordered: Whether outcomes come in the items' order. Those that are done then wait for the ones
             before them: a straggler holds back up to `window` items, and with a small window the calls.
             If the job ends early, what is done before the failed item is handed over, with gaps.
@@ -768,23 +355,152 @@ def iter_two_stage(  # noqa: PLR0913 - a job's settings
     0 a A 65
     1 b B 66
     """
+    stream = Stream(ordered, linger)
+    return Outcomes(_job("aiter_two_stage", items, fetch_token, fetch_result, stream=stream, **options))
+
+
+class Stream(NamedTuple):
+    """What is said of a stream alone."""
+
+    ordered: bool = False
+    linger: float | None = None
+
+
+def _job(  # noqa: PLR0913 - a job's settings
+    instead: str,
+    items: Any,  # noqa: ANN401 - an iterable, or an async one
+    fetch_token: Callable[[Any], Any] | Stage[Any, Any],
+    fetch_result: Callable[[Any], Any] | Stage[Any, Any],
+    *,
+    batch_size: int | Default | None = ONE_ITEM_A_CALL,
+    token_workers: int | Default = DEFAULT_TOKEN_WORKERS,
+    result_workers: int | Default = DEFAULT_RESULT_WORKERS,
+    retry: RetryPolicy | Default = DEFAULT_RETRY,
+    many: bool | Default = ONE_TOKEN_AN_ITEM,
+    key: Callable[[Any], Hashable] | None = None,
+    refresh_token_on: Failures | None = None,
+    max_refreshes: int = 1,
+    return_exceptions: bool = False,
+    window: int | None = None,
+    timeout: float | None = None,
+    max_failures: float | None = None,
+    journal: JournalLike | None = None,
+    shards: Shards | None = None,
+    progress: ProgressLike = False,
+    total: int | None = None,
+    trace: Record | None = None,
+    observer: Observer | Iterable[Observer] | None = None,
+    stream: Stream | None = None,
+    results: list[Any] | None = None,
+) -> Any:  # noqa: ANN401 - a `Job`, or an `AsyncJob`
+    """Checks what is said and builds a job, which stands in for the function that async code should use."""
     stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    _warn_of_loop(stages, "aiter_two_stage")
     options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
-    run_options = RunOptions(
-        return_exceptions, timeout, max_failures, Watching(progress, total, trace, observer), ordered, linger
-    )
-    return Outcomes(build(items, *stages, options, run_options))
+    watching = Watching(progress, total, trace, observer)
+    run_options = RunOptions(return_exceptions, timeout, max_failures, watching, *(stream or Stream()))
+    if shards is not None:
+        return build_sharded(items, *stages, options, run_options, shards, results)
+    if not instead:
+        return build_async(items, *stages, options, run_options, results)
+    if any(one.stage.awaits for one in stages):
+        _warn_of_loop(instead)
+    return build(items, *stages, options, run_options, results)
 
 
-def _warn_of_loop(stages: Iterable[Settings], name: str) -> None:
+def _show(function: Callable[..., Any], name: str, *but: str) -> None:
+    """Has a function be known by its name, and by what `_job` takes, but for some of it."""
+    taken = {**inspect.signature(_job).parameters, **inspect.signature(iter_two_stage).parameters}
+    shown = [taken[one] for one in taken if one not in ("instead", "results", "stream", "options", *but)]
+    function.__name__ = function.__qualname__ = name
+    function.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined] # `inspect` looks there first
+
+
+def _warn_of_loop(instead: str) -> None:
     """Warns if the caller's event loop stands still while coroutines are awaited on another one."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return
-    if any(one.stage.awaits for one in stages):
-        warn(
-            "coroutine functions are run on another event loop, and the one that runs here waits for them "
-            f"meanwhile: what belongs to it, such as a client, can't be used. Use {name}"
-        )
+    warn(
+        "coroutine functions are run on another event loop, and the one that runs here waits for them "
+        f"meanwhile: what belongs to it, such as a client, can't be used. Use {instead}"
+    )
+
+
+# --- for async code
+
+
+def _awaited(
+    _: Callable[Concatenate[Iterable[ItemT], P], list[ResultT]],
+) -> Callable[Concatenate[Iterable[ItemT] | AsyncIterable[ItemT], P], Coroutine[Any, Any, list[ResultT]]]:
+    def run(
+        items: Iterable[ItemT] | AsyncIterable[ItemT], *args: P.args, **options: P.kwargs
+    ) -> Coroutine[Any, Any, list[ResultT]]:
+        """Is `run_two_stage` for async code: the caller's event loop goes on meanwhile.
+
+        Coroutine functions run on that loop, so that clients made there can be used; plain functions run in
+        threads. A cancellation ends the job as its first failure does: nothing more starts, running calls are
+        awaited; a second one gives up the waiting.
+
+        Args:
+            items: An async iterable, which is read by a task on the loop; a list, a tuple or a range; or any
+                other iterable, which is read by a thread of its own: what is bound to its thread, such as a
+                `sqlite3` cursor, has to be made an async iterable.
+            *args: The two functions, or stages.
+            **options: What `run_two_stage` takes.
+
+        Returns:
+            A result for each item, in the items' order.
+
+        Raises:
+            Exception: What `run_two_stage` raises.
+
+        >>> import asyncio
+        >>> async def fetch_token(item):
+        ...     return item.upper()
+        >>> async def fetch_result(token):
+        ...     return ord(token)
+        >>> asyncio.run(arun_two_stage(["a", "b"], fetch_token, fetch_result))
+        [65, 66]
+        """
+        results: list[ResultT] = []
+        job: AsyncJob = _job("", items, *args, results=results, **options)  # type: ignore[arg-type]
+        return _to_the_end(job, results)
+
+    return run  # type: ignore[return-value] # `items` may be given by name as well
+
+
+async def _to_the_end(job: AsyncJob, results: list[ResultT]) -> list[ResultT]:
+    try:
+        await job.advance()  # with a list to fill, no outcome is handed over
+        if job.error is not None:
+            raise job.error
+    finally:
+        await job.close()
+    return results
+
+
+def _async(
+    _: Callable[Concatenate[Iterable[ItemT], P], Outcomes[ItemT, TokenT, ResultT]],
+) -> Callable[Concatenate[Iterable[ItemT] | AsyncIterable[ItemT], P], AsyncOutcomes[ItemT, TokenT, ResultT]]:
+    def iterate(
+        items: Iterable[ItemT] | AsyncIterable[ItemT], *args: P.args, **options: P.kwargs
+    ) -> AsyncOutcomes[ItemT, TokenT, ResultT]:
+        """Is `iter_two_stage` for async code: an async iterator, best used in an `async with` block.
+
+        Items are as for `arun_two_stage`, and the source is always read beside the consumer.
+        """
+        said: dict[str, Any] = options
+        stream = Stream(said.pop("ordered", False), said.pop("linger", None))
+        return AsyncOutcomes(_job("", items, *args, stream=stream, **said))  # type: ignore[arg-type]
+
+    return iterate  # type: ignore[return-value] # as above
+
+
+arun_two_stage = _awaited(run_two_stage)
+aiter_two_stage = _async(iter_two_stage)
+
+_show(run_two_stage, "run_two_stage", "ordered", "linger")
+_show(arun_two_stage, "arun_two_stage", "ordered", "linger")
+_show(aiter_two_stage, "aiter_two_stage")
+_show(iter_two_stage, "iter_two_stage")

@@ -30,7 +30,7 @@ from twostage.base.checks import (
     positive_int,
     positive_seconds,
 )
-from twostage.errors import warn
+from twostage.base.words import warn
 from twostage.failing.retry import RetryPolicy, check_policy
 from twostage.pace.pace import PATIENCE
 from twostage.pace.rates import Rates, rates_of

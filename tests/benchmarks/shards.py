@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from distributed import Client, LocalCluster
-
-from twostage import iter_sharded, run_sharded
+from in_shards import iterate_in_shards, run_in_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +38,7 @@ def fetch_result(token: int) -> int:
 
 def throughput(items: int) -> None:
     """Prints how many items a second one, two and four workers bring."""
-    settings: dict[str, Any] = {"batch_size": 100, "result_workers": 32, "shard_size": SIZE}
+    settings: dict[str, Any] = {"batch_size": 100, "result_workers": 32, "size": SIZE}
     first = 0.0
     for workers in (1, 2, 4):
         with (
@@ -50,11 +49,11 @@ def throughput(items: int) -> None:
             Client(cluster) as client,
         ):
             job = partial(
-                run_sharded,
+                run_in_shards,
                 fetch_token=fetch_tokens,
                 fetch_result=fetch_result,
                 executor=client.get_executor(pure=False),
-                shards=workers + 1,
+                at_once=workers + 1,
                 **settings,
             )
             job(range(workers * 50))  # the workers import what they need
@@ -100,8 +99,8 @@ def owner(items: int) -> None:
             executor = Canned()
             gc.collect()
             began = time.process_time()
-            with iter_sharded(
-                range(items), token_at_once, result_at_once, executor=executor, shards=8, shard_size=size
+            with iterate_in_shards(
+                range(items), token_at_once, result_at_once, executor=executor, at_once=8, size=size
             ) as outcomes:
                 assert sum(1 for _ in outcomes) == items
             took.append(time.process_time() - began)

@@ -134,7 +134,7 @@ def conserves_work(driver: testing._VirtualDriver) -> bool:
     coordinator = driver._coordinator
     if coordinator is None or coordinator.ending:
         return True
-    lines = (coordinator.token_line, coordinator.result_line)
+    lines = coordinator.lines
     least = 1 if coordinator.reading.ended else coordinator.reading.size
     fits = len(lines[0].waiting) >= least and coordinator.in_progress < coordinator.bound
     return not any(

@@ -18,13 +18,12 @@ from twostage import (
     BatchLengthError,
     Outcome,
     Outcomes,
+    Shards,
     Stage,
     aiter_two_stage,
     arun_two_stage,
     is_transient,
-    iter_sharded,
     iter_two_stage,
-    run_sharded,
     run_two_stage,
 )
 
@@ -417,17 +416,16 @@ def wrong_hopes(ids: list[int], outcome: Outcome[int, Token, Report], stage: Sta
 
 
 def shards(ids: list[int], executor: Executor, *, flag: bool) -> None:
-    """The types are those of the two functions that run on one machine."""
-    assert_type(run_sharded(ids, fetch_token, fetch_report, executor=executor), list[Report])
+    """The types are those of a job on one machine."""
+    out = Shards(executor, at_once=2)
+    assert_type(run_two_stage(ids, fetch_token, fetch_report, shards=out), list[Report])
     assert_type(
-        run_sharded(
-            ids, fetch_tokens, fetch_report, batch_size=9, executor=executor, shards=2, return_exceptions=flag
-        ),
+        run_two_stage(ids, fetch_tokens, fetch_report, batch_size=9, shards=out, return_exceptions=flag),
         list[Report | Exception],
     )
     assert_type(
-        iter_sharded(ids, Stage(fetch_tokens, batch_size=9), fetch_report, executor=executor, ordered=True),
+        iter_two_stage(ids, Stage(fetch_tokens, batch_size=9), fetch_report, shards=out, ordered=True),
         Outcomes[int, Token, Report],
     )
-    run_sharded(ids, fetch_token, fetch_report)  # type: ignore[call-overload]
-    run_sharded(ids, fetch_tokens, fetch_report, executor=executor)  # type: ignore[arg-type]
+    run_two_stage(ids, fetch_token, fetch_report, shards=2)  # type: ignore[call-overload]
+    run_two_stage(ids, fetch_tokens, fetch_report, shards=out)  # type: ignore[arg-type]

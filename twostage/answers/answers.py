@@ -7,14 +7,15 @@ from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from twostage.errors import FUNCTIONS, BatchLengthError, MissingToken
+from twostage.base.words import FUNCTIONS
+from twostage.errors import BatchLengthError, MissingToken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twostage.base.records import Batch
 
-__all__ = ["Check", "batch_check", "checked_result", "checked_token", "holds_exceptions", "token_list"]
+__all__ = ["Check", "batch_check", "checked_result", "checked_token", "token_list"]
 
 Check: TypeAlias = "Callable[[Any, Any], Sequence[Any]]"
 """Takes an answer and its call; returns a value for each of the call's members, or raises."""
@@ -111,11 +112,6 @@ def token_list(value: object) -> list[Any]:
             "(or another collection), with the item's tokens"
         )
     return list(value)
-
-
-def holds_exceptions(values: Sequence[object]) -> bool:
-    """Whether there are exceptions among a batch's values; costs a look at each one's type."""
-    return any(issubclass(kind, BaseException) for kind in set(map(type, values)))
 
 
 def _refuse_awaitable(answer: object, function: str) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from twostage.base.records import Batch
+from twostage.base.records import Batch, Halves
 from twostage.failing.clients import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Halves", "Splits", "halves", "refuses_batch"]
+    from twostage.base.records import Call
+    from twostage.core.coordinator import Coordinator
+    from twostage.core.lines import Line
+
+__all__ = ["Splits", "halves", "refuses_batch"]
 
 BAD_REQUEST = 400
 CONTENT_TOO_LARGE = 413
@@ -34,22 +38,6 @@ def halves(members: Sequence[Any]) -> list[Sequence[Any]]:
     return [piece for piece in (members[:half], members[half:]) if piece]
 
 
-class Halves:
-    """The two halves of a batch.
-
-    Attributes:
-        size: How many members the larger one has.
-        unanswered: How many of the two must still be answered to show that `size` is not too large, as
-            the whole was; infinite if it was refused for another reason.
-    """
-
-    __slots__ = ("size", "unanswered")
-
-    def __init__(self, size: int, unanswered: float) -> None:
-        self.size = size
-        self.unanswered = unanswered
-
-
 class Splits:
     """Which of a stage's refused batches are split.
 
@@ -69,26 +57,41 @@ class Splits:
     """
 
     def __init__(self, refuses: Callable[[Exception], bool]) -> None:
-        self.refuses = refuses
+        self._refuses = refuses
         self.accepted = False
         self.hopeless = False
         self.tainted = False
         self.pieces: set[Batch] = set()
         self.waiting: list[tuple[Batch, Exception]] = []
 
-    def allows(self, batch: Batch) -> bool | None:
-        """Returns whether a refused batch may be split; `None`: that will be seen, it is to wait."""
-        if self.accepted or batch.half_of is not None:
-            return True
-        if self.hopeless:
+    def attach(self, job: Coordinator, line: Line) -> None:
+        """Is of that line, in that job."""
+        self._job = job
+        self._line = line
+
+    def takes(self, batch: Call, members: Sequence[Any], error: Exception) -> bool:
+        """Splits a batch that was refused, or keeps it until it is seen whether that is worth it.
+
+        Returns:
+            Whether it does; if not, its failure is final.
+        """
+        if not self._refuses(error):
+            self.tainted = True
             return False
-        if self.pieces:
-            return None
-        self.tainted = False
+        assert isinstance(batch, Batch)  # noqa: S101 - for the type checker
+        if len(members) <= 1:
+            return False
+        if not self.accepted and batch.half_of is None:
+            if self.hopeless:
+                return False
+            if self.pieces:
+                self.waiting.append((batch, error))
+                return True
+            self.tainted = False
+        self._line.due.extendleft(reversed(self._split(batch, error)))  # before what a pause has taken back
         return True
 
-    def split(self, batch: Batch, error: Exception) -> list[Batch]:
-        """Returns the two calls that a batch becomes, for the failure it had."""
+    def _split(self, batch: Batch, error: Exception) -> list[Batch]:
         first, second = halves(batch.members)
         too_large = status_of(error) == CONTENT_TOO_LARGE
         of = Halves(len(first), unanswered=2 if too_large else math.inf)
@@ -96,27 +99,63 @@ class Splits:
         self.pieces.update(pieces)
         return pieces
 
-    def ended(self, batch: Batch, *, accepted: bool) -> int | None:
-        """Learns from what became of a batch, if it is not to be tried again or split.
+    def ended(self, batch: Batch, *, accepted: bool) -> None:
+        """Learns from what became of a batch."""
+        if batch.is_delayed:
+            batch.is_delayed = False
+        else:
+            self.pieces.discard(batch)
+        self._learn(batch, accepted=accepted)
+        self._look()
 
-        Returns:
-            The size that batches are to have from now on, if they were too large for the API.
-        """
+    def _learn(self, batch: Batch, *, accepted: bool) -> None:
         of = batch.half_of
         if not accepted:
             if of is not None and not (self.accepted or self.pieces):
                 self.hopeless = not self.tainted  # an outage, or tokens that have expired, say nothing
-            return None
+            return
         if not self.accepted:
             self.accepted = True
             self.pieces.clear()
-        if of is None:
-            return None
-        batch.half_of = None
-        of.unanswered -= 1
-        return None if of.unanswered else of.size
+        if of is not None:
+            batch.half_of = None
+            of.unanswered -= 1
+            if not of.unanswered:
+                self._shrink(of.size)
+
+    def refused_by_gate(self, batch: Batch) -> None:
+        """Hears that a batch will never begin, from which nothing is learnt."""
+        self.pieces.discard(batch)
+        self.tainted = True
+        self._look()
+
+    def _look(self) -> None:
+        """Has those that wait go on, if nothing is being split."""
+        for batch, error in [] if self.pieces else self.take_waiting():
+            if not self.takes(batch, batch.members, error):
+                self._job.fail(self._line, batch, batch.members, error)
 
     def take_waiting(self) -> list[tuple[Batch, Exception]]:
         """Returns the batches that wait, which do so no longer."""
         waiting, self.waiting = self.waiting, []
         return waiting
+
+    def _shrink(self, size: int) -> None:
+        """Has no call begin that is larger than `size`, not even one that was handed over."""
+        line = self._line
+        assert line.batch_size is not None  # noqa: S101 - for the type checker
+        if size >= line.batch_size:
+            return
+        line.batch_size = size
+        handed = [*line.take_back(), *line.due]  # those that are due too, if a gate took them back
+        line.due.clear()
+        for call in reversed(handed):
+            if call.attempts or cast("Batch", call).half_of is not None:
+                line.due.appendleft(call)
+                continue
+            for member in reversed(cast("Batch", call).members):
+                if line is self._job.lines[0] and member.outcome.token_attempts:  # it had a token already
+                    line.back.appendleft(member)
+                    continue
+                line.waiting.appendleft(member)
+                self._job.at_work -= line is self._job.lines[0]

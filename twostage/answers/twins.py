@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from twostage.base.records import Outcome
+    from twostage.core.coordinator import Coordinator
+    from twostage.core.handover import AnyOutcome
 
 __all__ = ["Twins"]
 
@@ -23,6 +25,28 @@ class Twins:
         self.keys: dict[int, Hashable] = {}
         self._firsts: dict[Hashable, Outcome[Any, Any, Any]] = {}
         self._waiting: dict[int, list[Outcome[Any, Any, Any]]] = {}  # for each first one that is not done
+
+    def read_for(self, job: Coordinator) -> Callable[[list[AnyOutcome], Any], list[AnyOutcome]]:
+        """Returns what takes items that were read, and gives those that are new."""
+
+        def read(outcomes: list[AnyOutcome], keys: Sequence[Hashable] | None) -> list[AnyOutcome]:
+            if keys is None:
+                return outcomes
+            new, known = self.sort(outcomes, keys)
+            for twin in known:
+                job.hand_over(twin)
+            return new
+
+        return read
+
+    def done_for(self, job: Coordinator) -> Callable[[AnyOutcome], None]:
+        """Returns what hands the others over when the first one is done."""
+
+        def done(first: AnyOutcome) -> None:
+            for twin in self.done(first):
+                job.hand_over(twin)
+
+        return done
 
     def sort(
         self, outcomes: Iterable[Outcome[Any, Any, Any]], keys: Sequence[Hashable]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Completions", "Event", "Handler"]
+__all__ = ["AsCompleted", "Event", "Handler"]
 
 Handler: TypeAlias = Callable[[Any, Any, BaseException | None], None]
 """Takes an event's subject, the answer and the error."""
@@ -22,7 +22,7 @@ LONGEST_WAIT = 3600.0
 """`SimpleQueue.get` refuses waits that do not fit the platform's clock; a policy may ask for any."""
 
 
-class Completions:
+class AsCompleted:
     """The events of one job, in the order in which they happened.
 
     `concurrent.futures.as_completed` takes a fixed set of futures, and `wait` costs the whole set at

@@ -10,7 +10,7 @@ from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 
-from twostage.errors import brief
+from twostage.base.words import brief
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
-from twostage.errors import brief
+from twostage.base.words import brief
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from twostage.answers.splits import Halves
-    from twostage.failing.retry import CallState
 
-__all__ = ["Batch", "Call", "ListedToken", "Member", "Outcome", "TokenList", "item_of", "members_of", "told"]
+__all__ = [
+    "Batch",
+    "Call",
+    "Halves",
+    "ListedToken",
+    "Member",
+    "Outcome",
+    "TokenList",
+    "item_of",
+    "members_of",
+    "told",
+]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
@@ -32,13 +41,30 @@ class Call:
 
     __slots__ = ("attempts", "began", "ended", "handed_over", "retry_state")
 
+    dropped = False  # nobody waits for it any more, as its item has begun again
     ended: float
     handed_over: float
 
     def __init__(self) -> None:
         self.attempts = 0
         self.began = 0.0
-        self.retry_state: CallState | None = None
+        self.retry_state: Any = None
+
+
+class Halves:
+    """The two halves of a batch.
+
+    Attributes:
+        size: How many members the larger one has.
+        unanswered: How many of the two must still be answered to show that `size` is not too large, as
+            the whole was; infinite if it was refused for another reason.
+    """
+
+    __slots__ = ("size", "unanswered")
+
+    def __init__(self, size: int, unanswered: float) -> None:
+        self.size = size
+        self.unanswered = unanswered
 
 
 class Batch(Call):
@@ -50,7 +76,7 @@ class Batch(Call):
         half_of: What it was split from, if it was.
     """
 
-    __slots__ = ("half_of", "members")
+    __slots__ = ("half_of", "is_delayed", "members")
 
     def __init__(self, members: Sequence[Member], half_of: Halves | None = None) -> None:
         self.attempts = 0
@@ -58,6 +84,7 @@ class Batch(Call):
         self.retry_state = None
         self.members = members
         self.half_of = half_of
+        self.is_delayed = False
 
 
 class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
@@ -111,6 +138,25 @@ class Outcome(Call, Generic[ItemT, TokenT, ResultT]):
         """How many attempts stage two's call took; 0 if stage one failed, or a journal had the result."""
         return self.attempts
 
+    @property
+    def outcome(self) -> Outcome[ItemT, TokenT, ResultT]:
+        """What is known of its item: itself."""
+        return self
+
+    def answer(self, result: ResultT) -> Outcome[ItemT, TokenT, ResultT] | None:
+        """Takes its result; returns the outcome that is done by that."""
+        self._result = result
+        return self
+
+    def fail(self, error: Exception, stage: int, attempts: int) -> Outcome[ItemT, TokenT, ResultT] | None:
+        """The same for its failure."""
+        self.exception = error
+        if stage == 1:
+            self.token_attempts = attempts
+        else:
+            self.attempts = attempts
+        return self
+
     def copy(self, other: Outcome[Any, Any, Any]) -> None:
         """Takes over what became of an equal item: the same objects."""
         self.token = other.token
@@ -159,6 +205,30 @@ class ListedToken(Call):
     def outcome(self) -> Outcome[Any, Any, Any]:
         """That of its item."""
         return self.tokens.outcome
+
+    @property
+    def dropped(self) -> bool:  # type: ignore[override]
+        """Whether its item has begun again."""
+        return self.tokens.dropped
+
+    def answer(self, result: object) -> Outcome[Any, Any, Any] | None:
+        """Takes its result; returns its item's outcome if that is done by that."""
+        tokens = self.tokens
+        if tokens.dropped:
+            return None
+        tokens.outcome.attempts += self.attempts
+        tokens.results[self.place] = result
+        tokens.missing -= 1
+        if tokens.missing:
+            return None
+        tokens.outcome.result = tokens.results
+        return tokens.outcome
+
+    def fail(self, error: Exception, stage: int, attempts: int) -> Outcome[Any, Any, Any] | None:
+        """The same for its failure, which takes its result's place."""
+        del stage
+        self.attempts = attempts
+        return self.answer(error)
 
 
 Member: TypeAlias = Outcome[Any, Any, Any] | ListedToken

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from twostage.errors import TooManyFailures, brief
+from twostage.base.words import brief
+from twostage.errors import TooManyFailures
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
 
 __all__ = ["FailureLimit"]
@@ -31,6 +35,15 @@ class FailureLimit:
         self._failures = 0
         self._last: tuple[Exception, object] | None = None  # and its item
         self._recent: deque[bool] | None = deque(maxlen=RECENT) if most < 1 else None
+
+    def ends(self, job: Coordinator) -> Callable[[AnyOutcome], None]:
+        """Returns what hears of outcomes and ends a job."""
+
+        def done(outcome: AnyOutcome) -> None:
+            if (error := self.passed(outcome)) is not None:
+                job.end(error)
+
+        return done
 
     def passed(self, outcome: AnyOutcome) -> TooManyFailures | None:
         """Hears of an outcome; returns what ends the job if it is one failure too many."""

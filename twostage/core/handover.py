@@ -11,7 +11,6 @@ from twostage.errors import TooManyFailures
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from twostage.answers.twins import Twins
 
 __all__ = ["AnyOutcome", "HandOver"]
 
@@ -25,7 +24,7 @@ class HandOver:
         results: The list to put results in, if nobody takes outcomes one by one.
         whole: Whether the list takes the outcomes themselves, until the end.
         ordered: Whether outcomes are handed over in the items' order.
-        twins: Is told which outcomes were taken.
+        forget: Is told the index of each outcome that was taken, if it matters which they are.
         many: Whether an item can have many tokens, of which a surplus is kept.
 
     Attributes:
@@ -42,7 +41,7 @@ class HandOver:
         results: list[Any] | None = None,
         whole: bool = False,
         ordered: bool,
-        twins: Twins | None,
+        forget: Callable[[int], None] | None,
         many: bool,
     ) -> None:
         self.results = results
@@ -54,13 +53,13 @@ class HandOver:
         self.add: Callable[[AnyOutcome], None] = (
             self._place if results is not None else self._hold if ordered else self._release
         )
-        self._twins = twins
+        self._forget = forget
         self._surplus: dict[int, int] = {}  # by the item's index
         self._held: dict[int, AnyOutcome] = {}  # done, and waiting for those before them
         self._next_index = 0  # of the outcome that is handed over next, if ordered
         # Indices of those that are not taken, if it matters which they are.
         self._untaken: deque[int] | None = (
-            deque() if results is None and (many or twins is not None) else None
+            deque() if results is None and (many or forget is not None) else None
         )
 
     def _place(self, outcome: AnyOutcome) -> None:
@@ -82,6 +81,11 @@ class HandOver:
             self._release(following)
             self._next_index += 1
 
+    def expect(self, items: int) -> None:
+        """Hears of items that were read: the list has a place for each."""
+        if self.results is not None:
+            self.results.extend([None] * items)
+
     def release_held(self, before: float) -> None:
         """Lets go what waits for outcomes that will never come, up to an index."""
         for index in sorted(self._held):
@@ -91,9 +95,9 @@ class HandOver:
 
     def recorded(self, indices: Iterable[int]) -> None:
         """Hears of outcomes that a journal has, so that equal items find them there."""
-        if self.results is not None and self._twins is not None:  # in a stream they do when they are taken
+        if self.results is not None and self._forget is not None:  # in a stream they do when they are taken
             for index in indices:
-                self._twins.forget(index)
+                self._forget(index)
 
     def discard(self, indices: Iterable[int]) -> None:
         """Drops what would be handed over next, or is held: as it could not be recorded."""
@@ -128,8 +132,8 @@ class HandOver:
             for _ in range(number):
                 index = self._untaken.popleft()
                 self.forget_surplus(index)
-                if self._twins is not None:
-                    self._twins.forget(index)
+                if self._forget is not None:
+                    self._forget(index)
 
     def add_surplus(self, index: int, tokens: int) -> None:
         """Hears that an item has so many tokens beyond one."""

@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-from twostage.answers.answers import holds_exceptions
+from twostage.base.gate import Refused
 from twostage.base.records import Batch
-from twostage.errors import STAGES
-from twostage.failing.retry import Answer, End, Fail, Retry, Verdict
+from twostage.base.words import STAGES
+from twostage.failing.retry import Answer, End, Fail, Late, Retry, Verdict
 from twostage.failing.throttling import Throttled
 from twostage.failing.transient import is_throttled
-from twostage.pace.rates import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from twostage.answers.answers import Check
-    from twostage.answers.splits import Splits
+    from twostage.base.gate import Gate
     from twostage.base.records import Call, Member
+    from twostage.base.runner import Runner
     from twostage.failing.retry import Judge
     from twostage.pace.pace import Pace
-    from twostage.pace.rates import Gate
-    from twostage.running.on_executor import Runner
 
 __all__ = ["Judged", "Line"]
 
 
 class Judged(NamedTuple):
-    """The verdict on some of a call's members, and the failure that it is about, if there was one."""
+    """The verdict on some of a call's members.
+
+    Attributes:
+        members: Those.
+        verdict: It.
+        error: The failure that it is about, if there was one.
+        attempt: The number of the attempt that it is about.
+    """
 
     members: Sequence[Any]
     verdict: Verdict
     error: Exception | None
+    attempt: int
+
+
+class Refusals(Protocol):
+    """Knows what to do about batches that are refused."""
+
+    tainted: bool
+
+    def attach(self, job: Any, line: Line) -> None:  # noqa: ANN401 - the coordinator, which is above
+        """Is of that line, in that job."""
+
+    def takes(self, batch: Call, members: Sequence[Any], error: Exception) -> bool:
+        """Whether it takes care of members of a batch that have failed; if not, that is final."""
+
+    def ended(self, batch: Batch, *, accepted: bool) -> None:
+        """Hears what became of a batch, when all that is carried out."""
+
+    def refused_by_gate(self, batch: Batch) -> None:
+        """Hears that a batch will never begin."""
+
+    def take_waiting(self) -> list[tuple[Batch, Exception]]:
+        """Returns batches that it keeps, and does so no longer."""
 
 
 class Line:
@@ -66,13 +92,13 @@ class Line:
         stage: int,
         workers: int,
         limit: float,
-        check: Check,
+        check: Callable[[Any, Any], Sequence[Any]],
         judge: Judge,
         pace: Pace,
         *,
         slots: bool = False,
         batch_size: int | None = None,
-        splits: Splits | None = None,
+        splits: Refusals | None = None,
         gates: Sequence[Gate] = (),
         timed: bool = False,
         observed: bool = False,
@@ -91,13 +117,23 @@ class Line:
         self.timed = timed
         self.observed = observed
         self.waiting: deque[Member] = deque()
+        self.back: deque[Member] = deque()  # what has been here before, and leaves before the others
         self.due: deque[Call] = deque()
         self.refused: list[tuple[Call, Exception]] = []
         self.looks_at_values = slots or judge.judges_results  # a success else costs nothing
 
+    def succeeded_whole(self, values: Sequence[Any], now: float) -> bool:
+        """Hears of a call's values; returns whether all are answers, so that nothing is to be judged."""
+        judged = self.looks_at_values and self.has_to_judge(values)
+        if not (judged and self.is_throttled(values)):
+            self.pace.succeeded_at = now
+            if self.pace.watches:
+                self.succeeded(now)
+        return not judged
+
     def has_to_judge(self, values: Sequence[Any]) -> bool:
         """Whether a call's values may be other than answers."""
-        return self.judge.judges_results or (self.slots and holds_exceptions(values))
+        return self.judge.judges_results or (self.slots and _holds_exceptions(values))
 
     def is_throttled(self, values: Sequence[Any]) -> bool:
         """Whether all of a call's values say to slow down, which is then no success."""
@@ -105,14 +141,16 @@ class Line:
 
     def judge_values(
         self, call: Call, members: Sequence[Any], values: Sequence[Any], now: float, deadline: float
-    ) -> Iterator[Judged]:
+    ) -> list[Judged]:
         """Gives each of a call's values its verdict.
 
         Those to be tried again are together, as one call, unless that would be too late.
         """
+        judged: list[Judged] = []
         again: list[tuple[Any, Exception | None, Exception | None]] = []
         retry: Retry | None = None
         running: int | None = self.runner.out
+        attempt = call.attempts
         for member, value in zip(members, values, strict=True):
             error = value if self.slots and isinstance(value, BaseException) else None
             excused = False
@@ -127,29 +165,32 @@ class Line:
                 retry = verdict
                 again.append((member, error, verdict.failure))
             elif isinstance(verdict, Answer) and (verdict.value is not value or error is not None):
-                yield from self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)
+                judged += self._take_given(call, [member], [verdict.value] if self.slots else verdict.value)
             else:
-                yield Judged([member], verdict, error)
+                judged.append(Judged([member], verdict, error, attempt))
         if retry is not None and retry.due < deadline:
-            yield Judged([member for member, *_ in again], retry, again[0][1])
+            judged.append(Judged([member for member, *_ in again], retry, again[0][1], attempt))
         elif retry is not None:  # too late for all, since they would go when the last of them is due
-            for member, error, failure in again:
-                yield Judged([member], Retry(retry.due, failure), error)
+            judged += [Judged([member], Late(failure), error, attempt) for member, error, failure in again]
         self._mind_pace()
+        return judged
 
     def judge_failure(
-        self, call: Call, members: Sequence[Any], error: Exception, now: float
-    ) -> Iterator[Judged]:
+        self, call: Call, members: Sequence[Any], error: Exception, now: float, deadline: float
+    ) -> list[Judged]:
         """Gives a call that has failed as a whole its verdict."""
         excused = self.pace.failed(call, error, now, self.runner.out)
         self._mind_pace()
         verdict = self.judge.judge(call, self._end(call, None, error, now, excused=excused))
         if isinstance(verdict, Answer):
-            yield from self._take_given(call, members, verdict.value)
-        else:
-            yield Judged(members, verdict, error)
-        if isinstance(error, Throttled) and isinstance(verdict, Retry):
-            call.attempts -= 1  # when it has been told of by its number
+            return self._take_given(call, members, verdict.value)
+        attempt = call.attempts
+        if isinstance(verdict, Retry):
+            if isinstance(error, Throttled):
+                call.attempts -= 1  # the user's function has asked for a wait, and made no attempt
+            if verdict.due >= deadline:
+                verdict = Late(verdict.failure)
+        return [Judged(members, verdict, error, attempt)]
 
     def _end(self, call: Call, answer: object, error: Exception | None, now: float, *, excused: bool) -> End:
         return End(
@@ -161,16 +202,18 @@ class Line:
             self.pace.held_back.seconds_by(call.began),
         )
 
-    def _take_given(self, call: Call, members: Sequence[Any], answer: object) -> Iterator[Judged]:
+    def _take_given(self, call: Call, members: Sequence[Any], answer: object) -> list[Judged]:
         """Takes what a policy's `retry_error_callback` has given, its last word, in an answer's place."""
         try:
             values = self.check(answer, Batch(members) if self.slots else call)
         except Exception as refused:  # noqa: BLE001 - an answer's `__len__` may raise anything
-            yield Judged(members, Fail(refused.with_traceback(None)), None)
-            return
+            return [Judged(members, Fail(refused.with_traceback(None)), None, call.attempts)]
+        judged = []
         for member, value in zip(members, values, strict=True):
             failed = self.slots and isinstance(value, Exception)
-            yield Judged([member], Fail(value) if failed else Answer(value, given=True), None)
+            verdict = Fail(value) if failed else Answer(value, given=True)
+            judged.append(Judged([member], verdict, None, call.attempts))
+        return judged
 
     # --- gates
 
@@ -245,6 +288,30 @@ class Line:
                 _stamp([call], now)
             self.runner.start([call], first=True)
 
+    @property
+    def is_held_back(self) -> bool:
+        """Whether calls, or items for them, wait for nothing but the gates."""
+        waits = self.due or self.waiting or self.back
+        return bool(self.gates and waits) and self.runner.out < self.limit
+
+    def drop(self) -> list[tuple[Call, Exception | None]]:
+        """Drops all that waits here; returns it, and the failure that it had."""
+        waiting = Batch(list(self.waiting)), Batch(list(self.back))
+        dropped: list[tuple[Call, Exception | None]] = [(call, None) for call in (*self.due, *waiting)]
+        if self.splits is not None:
+            dropped += self.splits.take_waiting()
+        self.due.clear()
+        self.waiting.clear()
+        self.back.clear()
+        return dropped
+
+    def take_returned(self, fresh: int) -> tuple[Batch, int]:
+        """Makes a batch of what has come back, and of others that wait; returns it, and of how many."""
+        size = cast("int", self.batch_size)
+        members = [self.back.popleft() for _ in range(min(size, len(self.back)))]
+        fresh = max(0, min(fresh, size - len(members), len(self.waiting)))
+        return Batch([*members, *(self.waiting.popleft() for _ in range(fresh))]), fresh
+
     def take(self) -> Call:
         """Makes the next call of what waits."""
         if self.batch_size is None:
@@ -268,3 +335,8 @@ def _stamp(calls: Iterable[Call], now: float) -> None:
     for call in calls:
         call.handed_over = now
         call.ended = 0.0
+
+
+def _holds_exceptions(values: Sequence[object]) -> bool:
+    """Whether there are exceptions among a batch's values; costs a look at each one's type."""
+    return any(issubclass(kind, BaseException) for kind in set(map(type, values)))

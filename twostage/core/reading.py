@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from twostage.core.handover import HandOver
 
 __all__ = ["Reading"]
@@ -26,7 +29,8 @@ class Reading:
         left: Whether it is not, though it may have had more.
     """
 
-    def __init__(self, size: int, window: int, handing: HandOver) -> None:
+    def __init__(self, size: int, window: int, handing: HandOver, linger: float = math.inf) -> None:
+        self._linger = linger
         self.size = size
         self.window = window
         self.number = 0
@@ -53,6 +57,22 @@ class Reading:
         if not self.ended:
             self.left = True
             self.end()
+
+    def begin_to_wait(self, outcomes: Iterable[Any], now: float) -> None:
+        """Hears of items that wait for others, to fill a batch."""
+        if self._linger < math.inf:
+            for outcome in outcomes:
+                outcome.began = now  # until its stage two begins
+
+    def leaves_at(self, waiting: Sequence[Any]) -> float:
+        """Returns when the first of the items that wait has lingered for others for long enough."""
+        return waiting[0].began + self._linger if waiting and self._linger < math.inf else math.inf
+
+    def fills(self, room: int, waiting: Sequence[Any], now: float) -> bool:
+        """Whether items that wait are to wait for more of them, until they fill a batch."""
+        if self.ended or not (self.asked or room >= self.size):
+            return False
+        return self._linger == math.inf or self.leaves_at(waiting) > now
 
     @property
     def room(self) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from twostage.errors import BaseRemoteError, RemoteTraceback
+from twostage.base.kinds import BaseRemoteError, RemoteTraceback
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from twostage.errors import Classified
+    from twostage.base.kinds import Classified
 
 __all__ = [
     "CHAIN_LIMIT",

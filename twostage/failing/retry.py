@@ -22,7 +22,8 @@ from tenacity.retry import (
 from tenacity.stop import stop_after_attempt, stop_never
 from tenacity.wait import wait_random_exponential
 
-from twostage.errors import MissingToken, warn
+from twostage.base.words import warn
+from twostage.errors import MissingToken
 from twostage.failing.throttling import (
     FIRST_WAIT,
     LONGEST_PAUSE,
@@ -90,7 +91,14 @@ class Answer:
     given: bool = False
 
 
-Verdict: TypeAlias = Retry | Refresh | Fail | Answer
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Another attempt would come after the run's end; `failure` is what the call ends with, if it has one."""
+
+    failure: Exception | None
+
+
+Verdict: TypeAlias = Retry | Refresh | Fail | Late | Answer
 
 
 class End(NamedTuple):

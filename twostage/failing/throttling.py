@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tenacity.wait import wait_base, wait_random_exponential
 
 from twostage.base.checks import is_number
-from twostage.errors import brief
+from twostage.base.words import brief
 from twostage.failing.clients import causes, classified, headers_of, status_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Throttled(Exception):  # noqa: N818 - the name says it
     >>> raise Throttled(2.5)
     Traceback (most recent call last):
         ...
-    twostage.throttling.Throttled: to be tried again in 2.5 s
+    twostage.failing.throttling.Throttled: to be tried again in 2.5 s
     """
 
     def __init__(self, seconds: float) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import socket
 import ssl
 from typing import TYPE_CHECKING
 
+from twostage.base.kinds import Kind
 from twostage.failing.clients import CHAIN_LIMIT, behind, causes, class_names, classified, code_of, status_of
 from twostage.failing.throttling import Throttled, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Kind", "is_throttled", "is_timeout", "is_transient", "kind_of"]
+__all__ = ["is_throttled", "is_timeout", "is_transient", "kind_of"]
 
 # Request timeout, too early, too many requests, server errors; 529 is "overloaded" at several APIs.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
@@ -93,22 +93,6 @@ TRANSIENT_CLASSES = {
 
 LOST_IN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """The two of TLS's errors that say no more than that the connection has ended."""
-
-
-class Kind(enum.Enum):
-    """What a failure says of the API.
-
-    Attributes:
-        LASTING: The same call will not succeed a moment later.
-        PASSING: It may.
-        THROTTLED: The calls are too many, so that all of them had better slow down.
-        OUTAGE: The API seems to be down: not reached, late, or out of service without saying for how long.
-    """
-
-    LASTING = enum.auto()
-    PASSING = enum.auto()
-    THROTTLED = enum.auto()
-    OUTAGE = enum.auto()
 
 
 def is_transient(error: BaseException) -> bool:

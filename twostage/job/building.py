@@ -10,6 +10,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from twostage.answers.answers import Check, batch_check, checked_result, checked_token
+from twostage.answers.many import Many
+from twostage.answers.refreshing import Refreshing
 from twostage.answers.splits import Splits, refuses_batch
 from twostage.answers.twins import Twins
 from twostage.base.checks import (
@@ -20,25 +22,28 @@ from twostage.base.checks import (
     positive_int,
     seconds_or_never,
 )
+from twostage.base.gate import Gate
+from twostage.base.runner import Work
+from twostage.base.words import STAGES, brief
 from twostage.core.coordinator import LEAST_IN_PROGRESS, Coordinator
 from twostage.core.failures import FailureLimit
 from twostage.core.handover import HandOver
 from twostage.core.lines import Line
 from twostage.core.reading import Reading
-from twostage.errors import STAGES, brief
 from twostage.failing.retry import DEFAULT_ATTEMPTS, Judge, RetryPolicy, check_policy, repeats
 from twostage.job.driver import LoopDriver, ThreadDriver, world
-from twostage.job.outcomes import AsyncJob, Begins, Job
+from twostage.job.outcomes import AsyncJob, Job
 from twostage.job.sources import AsyncSource, Source
+from twostage.job.telling import Telling
 from twostage.journal.journal import Journal
+from twostage.journal.recording import Recording
 from twostage.journal.rows import Identity
 from twostage.journal.values import check_keys, journal_key
 from twostage.observing.bar import shower
 from twostage.observing.events import JobBegan, Listeners, Observer, StageSettings
 from twostage.observing.log import Log
 from twostage.pace.pace import Pace
-from twostage.pace.rates import Gate, HungGate, RateGate, rates_of
-from twostage.running.on_executor import Work
+from twostage.pace.rates import HungGate, RateGate, rates_of
 from twostage.running.processes import name_of
 from twostage.stage import Default, Stage
 
@@ -256,7 +261,7 @@ def job_of(
     source.open()
     if run_options.linger is not None:
         coordinator.reader = driver.reader(source, coordinator.item_read)
-    return Job(source, coordinator, driver, _begins(first, second, coordinator))
+    return Job(source, coordinator, driver)
 
 
 def build_async(
@@ -273,7 +278,7 @@ def build_async(
     coordinator = _coordinator(driver, first, second, items_options, run_options, listeners, results)
     source = _source(items, _key(items, items_options))
     coordinator.reader = driver.reader(source, coordinator.item_read)
-    return AsyncJob(source, coordinator, driver, _begins(first, second, coordinator))
+    return AsyncJob(source, coordinator, driver)
 
 
 def listeners_for(items: object, watching: Watching) -> Listeners:
@@ -296,15 +301,10 @@ def listeners_for(items: object, watching: Watching) -> Listeners:
     return Listeners([*(one for one in own if one is not None), *given], total=total)
 
 
-def _begins(first: Settings, second: Settings, coordinator: Coordinator) -> Begins:
+def began(first: Settings, second: Settings, window: int, total: int | None) -> Callable[[float], JobBegan]:
     """Returns what makes the first event of a job."""
-
-    def begins(clock: float) -> JobBegan:
-        stages = _told(first), _told(second)
-        window = coordinator.reading.window
-        return JobBegan(time.time(), clock, coordinator.listeners.total, stages, first.many, window)
-
-    return begins
+    stages = _told(first), _told(second)
+    return lambda clock: JobBegan(time.time(), clock, total, stages, first.many, window)
 
 
 def _told(settings: Settings) -> StageSettings:
@@ -391,42 +391,78 @@ def _coordinator(
         results=results,
         whole=failure_limit is not None,
         ordered=run_options.ordered,
-        twins=twins,
+        forget=None if twins is None else twins.forget,
         many=first.many,
     )
     coordinator = Coordinator(
         token_line,
         result_line,
         bound=bound,
-        reading=Reading(batch_size, window, handing),
+        reading=Reading(batch_size, window, handing, linger),
         handing=handing,
-        listeners=listeners,
         return_exceptions=run_options.return_exceptions,
-        tokens_first=first.stage.executor is not None
+        last_first=first.stage.executor is not None
         and first.stage.executor is second.stage.executor
         and not first.stage.awaits,
-        many=first.many,
-        twins=twins,
-        max_refreshes=max_refreshes,
         timeout=timeout,
-        too_many=None if failure_limit is None else failure_limit.passed,
-        linger=linger,
-        recorder=recorder,
     )
-    results_ended = coordinator.result_ended if second.batch_size is None else coordinator.results_ended
+    for line in (token_line, result_line):
+        if line.splits is not None:
+            line.splits.attach(coordinator, line)
+    if first.many:
+        Many(coordinator)
+    parts_of(
+        coordinator,
+        listeners,
+        began(first, second, window, listeners.total),
+        twins,
+        recorder,
+        failure_limit,
+        many=first.many,
+    )
+    if refreshes is not None:
+        Refreshing(coordinator, max_refreshes)
     token_line.runner = driver.runner(
         _work(
             first,
             token_argument,
-            coordinator.batch_ended,
+            coordinator.tokens_ended,
             _executor(first, second.stage, driver),
             listeners,
         )
     )
     result_line.runner = driver.runner(
-        _work(second, result_argument, results_ended, _executor(second, first.stage, driver), listeners)
+        _work(
+            second,
+            result_argument,
+            coordinator.results_ended,
+            _executor(second, first.stage, driver),
+            listeners,
+        )
     )
     return coordinator
+
+
+def parts_of(
+    job: Coordinator,
+    listeners: Listeners,
+    begins: Callable[[float], JobBegan],
+    twins: Twins | None,
+    recorder: Recorder | None,
+    failure_limit: FailureLimit | None,
+    *,
+    many: bool,
+) -> None:
+    """Gives a job its parts, in the order in which they are told."""
+    if twins is not None:
+        job.hears.read.append(twins.read_for(job))
+    if recorder is not None:
+        Recording(job, recorder, many=many)
+    Telling(job, listeners, begins)
+    if failure_limit is not None:
+        job.hears.done.append(failure_limit.ends(job))
+    if twins is not None:
+        job.hears.done.append(twins.done_for(job))
 
 
 def journal_of(journal: JournalLike) -> Journal:

@@ -11,7 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol, cast
 
-from twostage.base.as_completed import Completions
+from twostage.base.as_completed import AsCompleted
 from twostage.core.coordinator import Message
 from twostage.job.sources import DirectReader, Source, TaskReader, ThreadReader
 from twostage.running.async_executor import AsyncExecutor
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from twostage.base.as_completed import Event, Handler
+    from twostage.base.runner import Runner, Work
     from twostage.core.coordinator import Coordinator
     from twostage.job.sources import AsyncSource
-    from twostage.running.on_executor import Runner, Work
     from twostage.running.tasks import Submit
 
 __all__ = ["AsyncDriver", "Driver", "LoopDriver", "ThreadDriver", "world"]
@@ -74,7 +74,7 @@ class ThreadDriver:
     """Runs the coordinator in a daemon thread, in real time."""
 
     def __init__(self) -> None:
-        self._completions = Completions()
+        self._completions = AsCompleted()
         self._messages: SimpleQueue[Message] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._runners: list[Runner] = []
@@ -194,7 +194,7 @@ class LoopDriver(ThreadDriver):
 
 def _drive(
     coordinator: Coordinator,
-    completions: Completions,
+    completions: AsCompleted,
     join: Callable[[], None],
     tell: Callable[[Message], None],
     callers: CallersLoop | None,
@@ -210,8 +210,8 @@ def _drive(
             coordinator.close(None, None, None)
             join()
             coordinator.handle(completions.take(0), clock())  # what has ended in threads is recorded
-            if coordinator.recorder is not None:
-                coordinator.recorder.close()
+            for close in coordinator.hears.closes:
+                close()
             message = _over("the event loop that the job belonged to has been closed")
             break
         due = coordinator.due()

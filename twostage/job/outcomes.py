@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twostage.errors import without_our_frames
+from twostage.base.words import without_our_frames
 from twostage.running.callers_loop import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
     from types import TracebackType
 
     from twostage.base.records import Outcome
     from twostage.core.coordinator import Coordinator, Message
     from twostage.job.driver import AsyncDriver, Driver
     from twostage.job.sources import AsyncSource, Source
-    from twostage.observing.events import JobBegan
 
-__all__ = ["AsyncJob", "AsyncOutcomes", "Begins", "Job", "Outcomes"]
+__all__ = ["AsyncJob", "AsyncOutcomes", "Job", "Outcomes"]
 
 ItemT = TypeVar("ItemT")
 TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
-
-Begins: TypeAlias = "Callable[[float], JobBegan]"
-"""Makes the first event of a job, of the time on its clock."""
 
 
 class _Hand:
@@ -33,10 +29,9 @@ class _Hand:
 
     _running = False  # from the first `advance` to `close`; also while Ctrl-C interrupts `__init__`
 
-    def __init__(self, coordinator: Coordinator, driver: Driver, begins: Begins) -> None:
+    def __init__(self, coordinator: Coordinator, driver: Driver) -> None:
         self._coordinator = coordinator
         self._driver = driver
-        self._begins = begins
         self._hand: deque[Outcome[Any, Any, Any]] = deque()
         self._untold = 0
         # Each message to the coordinator wakes it: often enough that neither bound is felt, no oftener.
@@ -48,19 +43,15 @@ class _Hand:
         if not self._running and not self._ended:
             for line in self._coordinator.lines:
                 line.runner.prepare()
-            recorder = self._coordinator.recorder
-            if recorder is not None:
-                recorder.open()
+            for begin in self._coordinator.hears.begins:
+                begin(self._driver.clock())
             self._running = True
-            listeners = self._coordinator.listeners
-            if listeners.job_began:
-                listeners.tell(listeners.job_began, self._begins(self._driver.clock()))
             self._driver.start(self._coordinator)
 
-    def _close_journal(self) -> None:
-        """Closes it, as no thread of ours is left: if none was started, nobody else has."""
-        if self._coordinator.recorder is not None:
-            self._coordinator.recorder.close()
+    def _close_all(self) -> None:
+        """Closes what is open, as no thread of ours is left: if none was started, nobody else has."""
+        for close in self._coordinator.hears.closes:
+            close()
 
     def _take(self) -> Outcome[Any, Any, Any]:
         outcome = self._hand.popleft()
@@ -98,14 +89,8 @@ class Job(_Hand):
     outcomes that are done; only with empty hands, a pausing consumer would starve the workers.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        coordinator: Coordinator,
-        driver: Driver,
-        begins: Begins,
-    ) -> None:
-        super().__init__(coordinator, driver, begins)
+    def __init__(self, source: Source, coordinator: Coordinator, driver: Driver) -> None:
+        super().__init__(coordinator, driver)
         self._source = source
         # A thread of ours that reads the source closes it as well.
         self._close_source = source.close if coordinator.reader is None else coordinator.reader.join
@@ -158,7 +143,7 @@ class Job(_Hand):
                 while not self._ended:
                     self._look(block=True)
                 self._driver.join()
-            self._close_journal()
+            self._close_all()
         finally:  # also if a second Ctrl-C has given up the waiting, or came before anybody was told
             self._over()
             self._wanted = 0
@@ -170,10 +155,8 @@ class AsyncJob(_Hand):
 
     _driver: AsyncDriver
 
-    def __init__(
-        self, source: Source | AsyncSource, coordinator: Coordinator, driver: AsyncDriver, begins: Begins
-    ) -> None:
-        super().__init__(coordinator, driver, begins)
+    def __init__(self, source: Source | AsyncSource, coordinator: Coordinator, driver: AsyncDriver) -> None:
+        super().__init__(coordinator, driver)
         self._source = source
         self._turn = Turn()
         self._begun = False
@@ -204,7 +187,7 @@ class AsyncJob(_Hand):
                 while not self._ended:
                     await self._listen()
                 self._driver.join()
-            self._close_journal()
+            self._close_all()
         finally:  # also if a second cancellation has given up the waiting
             self._over()
         if not self._begun:  # else who reads the source closes it

@@ -14,14 +14,14 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.base.records import Call
-from twostage.errors import brief, without_our_frames
+from twostage.base.runner import Runner
+from twostage.base.words import brief, without_our_frames
 from twostage.running.callers_loop import Turn
-from twostage.running.on_executor import Runner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Sequence
 
-    from twostage.base.as_completed import Completions, Handler
+    from twostage.base.as_completed import AsCompleted, Handler
     from twostage.running.callers_loop import CallersLoop
 
 __all__ = ["AsyncSource", "DirectReader", "Key", "Source", "TaskReader", "ThreadReader"]
@@ -143,7 +143,7 @@ def _no_end(error: Exception) -> RuntimeError:
 class ThreadReader(Runner):
     """Reads a source item by item, in a daemon thread of its own, which closes it as well."""
 
-    def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
+    def __init__(self, source: Source, ended: Handler, completions: AsCompleted) -> None:
         self.out = 0
         self._source = source
         self._ended = ended
@@ -195,7 +195,7 @@ class ThreadReader(Runner):
 class DirectReader(Runner):
     """Reads what is in memory, whoever asks."""
 
-    def __init__(self, source: Source, ended: Handler, completions: Completions) -> None:
+    def __init__(self, source: Source, ended: Handler, completions: AsCompleted) -> None:
         self._source = source
         self._ended = ended
         self._put = completions.put
@@ -226,7 +226,7 @@ class TaskReader(Runner):
         self,
         source: AsyncSource,
         ended: Handler,
-        completions: Completions,
+        completions: AsCompleted,
         loop: CallersLoop,
     ) -> None:
         self._source = source

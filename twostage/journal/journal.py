@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from twostage.base.checks import check_bool, check_function, positive_seconds
-from twostage.errors import JournalError, RecordedFailure, brief
+from twostage.base.words import brief
+from twostage.errors import JournalError, RecordedFailure
 from twostage.journal.rows import Identity, Row, moment
 from twostage.journal.values import Codec
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tenacity import RetryError
 
+from twostage.base.kinds import Kind, RemoteError
 from twostage.base.records import ListedToken, TokenList
-from twostage.errors import RemoteError
 from twostage.failing.clients import status_of
-from twostage.failing.transient import Kind, kind_of
+from twostage.failing.transient import kind_of
 from twostage.journal.file import JournalFile
 from twostage.journal.rows import Identity, Row
 from twostage.journal.values import Codec

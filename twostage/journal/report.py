@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from twostage.errors import STAGES, JournalError
+from twostage.base.words import STAGES
+from twostage.errors import JournalError
 from twostage.journal.journal import Journal
 
 if TYPE_CHECKING:

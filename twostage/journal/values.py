@@ -8,7 +8,8 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twostage.errors import JournalError, brief
+from twostage.base.words import brief
+from twostage.errors import JournalError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from twostage.errors import STAGES, brief
+from twostage.base.words import STAGES, brief
 from twostage.failing.clients import status_of
 from twostage.failing.throttling import Throttled
 from twostage.observing.events import Observer

@@ -6,19 +6,20 @@ import math
 import random
 from typing import TYPE_CHECKING, Literal
 
-from twostage.errors import STAGES
+from twostage.base.gate import Gate
+from twostage.base.kinds import Kind
+from twostage.base.words import STAGES
 from twostage.failing.throttling import LONGEST_PAUSE, Throttled, retry_after
-from twostage.failing.transient import Kind, is_timeout, kind_of
+from twostage.failing.transient import is_timeout, kind_of
 from twostage.observing.events import HeldBack
 from twostage.pace.limits import Limit
 from twostage.pace.outages import Outage
-from twostage.pace.rates import Gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twostage.base.records import Call
-    from twostage.running.on_executor import Runner
+    from twostage.base.runner import Runner
 
 __all__ = ["PATIENCE", "Pace"]
 

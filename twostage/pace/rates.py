@@ -1,4 +1,4 @@
-"""What may hold a stage's starts back: rates here, the pace that its API bears in `pace.py`."""
+"""Rates, and attempts that hang: what may hold a stage's starts back whatever its API says."""
 
 from __future__ import annotations
 
@@ -10,46 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from twostage.base.checks import check_function, is_number, positive_seconds
-from twostage.errors import AttemptTimeout, brief, without_our_frames
+from twostage.base.gate import Gate, Refused
+from twostage.base.words import brief, without_our_frames
+from twostage.errors import AttemptTimeout
 
 if TYPE_CHECKING:
     from twostage.base.records import Call
-    from twostage.running.on_executor import Runner
+    from twostage.base.runner import Runner
 
-__all__ = ["Gate", "HungGate", "Rate", "RateGate", "Rates", "Refused", "rates_of"]
-
-
-class Refused(Exception):  # noqa: N818 - it is no failure of ours
-    """A call may never start."""
-
-
-class Gate:
-    """Answers one question of a stage, and hears what it needs for that.
-
-    All is called in the coordinator's thread, so none may wait; the waiting is the coordinator's business.
-    """
-
-    def when_may_start(self, now: float, runner: Runner, call: Call | None = None) -> float:
-        """Returns the earliest time at which `call`, or else any, may start; `now` or less: at once.
-
-        Infinite: not before an attempt ends.
-
-        Raises:
-            Refused: `call` may never start; the `__cause__` is its failure.
-        """
-        raise NotImplementedError
-
-    def check_patience(self, now: float, runner: Runner) -> None:
-        """Raises if calls have waited here for so long that the job is to end."""
-
-    def started(self, call: Call, now: float) -> None:
-        """Hears that `call` was handed over."""
-
-    def taken_back(self, call: Call) -> None:
-        """Hears that it was taken back before it began."""
-
-    def ended(self, call: Call, answer: object, error: BaseException | None, now: float) -> None:
-        """Hears that an attempt of it has ended."""
+__all__ = ["HungGate", "Rate", "RateGate", "Rates", "rates_of"]
 
 
 @dataclass(frozen=True)

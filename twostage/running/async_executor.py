@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
-from twostage.errors import without_our_frames
+from twostage.base.words import without_our_frames
 from twostage.running.processes import name_of
 
 if TYPE_CHECKING:

@@ -1,156 +1,24 @@
-"""Where attempts run: what a runner is, and the one for an executor of the user's."""
+"""A runner on an executor of the user's: one future an attempt."""
 
 from __future__ import annotations
 
-import inspect
-import logging
 import math
-from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError
-from contextlib import AbstractAsyncContextManager
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from twostage.base.records import told
-from twostage.errors import AttemptTimeout
+from twostage.base.runner import Runner
 from twostage.running.processes import is_dask, received, sent, start_processes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Executor, Future
-    from contextvars import Context
 
-    from twostage.base.as_completed import Completions, Handler
+    from twostage.base.as_completed import AsCompleted
     from twostage.base.records import Call
+    from twostage.base.runner import Clock, Work
 
-__all__ = [
-    "Clock",
-    "ExecutorRunner",
-    "Runner",
-    "Work",
-    "given_up",
-    "left_badly",
-    "made_context",
-]
-
-log = logging.getLogger("twostage")
-
-Clock: TypeAlias = Callable[[], float]
-
-
-class Work(NamedTuple):
-    """What a runner is for.
-
-    Attributes:
-        stage: What its stage is called.
-        fetch: The user's function.
-        argument: Takes a call; returns what `fetch` is given, anew for each attempt.
-        ended: Hears of the end of each attempt, in the coordinator's thread.
-        workers: How many attempts may run at once.
-        variables: The context of those that run, of which each gets a copy.
-        executor: Where they run; `None` for a pool of our own.
-        attempt_timeout: Seconds after which an attempt is given up; `None` for never.
-        rated: Whether it matters when exactly an attempt begins.
-        awaits: Whether `fetch` is a coroutine function.
-        context: Makes the async context manager whose value `fetch` is given as well, if there is one.
-        observed: Whether each call is to have the time at which its attempt ended.
-    """
-
-    stage: str
-    fetch: Callable[[Any], Any]
-    argument: Callable[[Any], Any]
-    ended: Handler
-    workers: int
-    variables: Context
-    executor: Executor | None = None
-    attempt_timeout: float | None = None
-    rated: bool = False
-    awaits: bool = False
-    context: Callable[[], AbstractAsyncContextManager[Any]] | None = None
-    observed: bool = False
-
-
-class Runner:
-    """Runs attempts and reports the end of each as one event. Used by the coordinator's thread alone.
-
-    Attributes:
-        out: How many attempts were handed over and have neither ended nor been taken back.
-        given_up: How many attempts were given up and run on.
-    """
-
-    out: int = 0
-    given_up: int = 0
-
-    def prepare(self) -> None:
-        """Hears, in the caller's thread, that the job is about to begin."""
-
-    def start(self, calls: Sequence[Call], *, first: bool = False) -> None:
-        """Hands `calls` over, to begin in their order; `first`: before those that wait already.
-
-        Raises:
-            BaseException: A `submit` did. Each call was then handed over or not, as `out` says.
-        """
-        raise NotImplementedError
-
-    def expect(self, calls: int) -> None:
-        """Hears, before its first call, how many are on their way."""
-
-    def take_back(self) -> list[Call]:
-        """Takes back what has not begun and returns it, in its order."""
-        raise NotImplementedError
-
-    def give_up(self, now: float) -> None:
-        """Gives up attempts that have taken too long; each ends with an `AttemptTimeout`."""
-
-    def next_overdue(self, now: float) -> float:
-        """Returns when, at the earliest, there may be one."""
-        del now
-        return math.inf
-
-    def stop(self) -> None:
-        """Lets nothing more begin. What runs still reports its end."""
-        raise NotImplementedError
-
-    def join(self) -> None:
-        """Waits, once `out` is 0, until the threads of our own are gone, but for those given up."""
-
-
-def given_up(work: Work, call: Call) -> AttemptTimeout:
-    """Returns the failure of an attempt that has taken too long, and says so."""
-    log.warning(
-        "%s, %s: the attempt takes longer than %g s and is given up",
-        *(work.stage, told(call), work.attempt_timeout),
-    )
-    return AttemptTimeout(f"the attempt took longer than attempt_timeout={work.attempt_timeout:g} s")
-
-
-def cancelled(error: BaseException | None) -> CancelledError:
-    """Returns the failure of an attempt that was cancelled by something else than its job."""
-    failure = CancelledError("the call's task was cancelled, and not by its job")
-    failure.__cause__ = error
-    return failure
-
-
-def made_context(work: Work) -> AbstractAsyncContextManager[Any]:
-    """Returns what a stage's `context` makes, for which the stage must have one.
-
-    Raises:
-        TypeError: It is no async context manager.
-    """
-    assert work.context is not None  # noqa: S101 - for the type checker
-    made: object = work.context()
-    if isinstance(made, AbstractAsyncContextManager):
-        return made
-    if inspect.iscoroutine(made):
-        made.close()
-    raise TypeError(
-        f"{work.stage}: context returned {type(made).__name__}; expected an async context manager"
-    )
-
-
-def left_badly(work: Work, error: BaseException) -> None:
-    """Says that a context has failed as it was left, when all that it was for is done."""
-    log.warning("%s: its context has failed as it was left: %r", work.stage, type(error))
+__all__ = ["ExecutorRunner"]
 
 
 class _Attempt:
@@ -187,7 +55,7 @@ class _Attempt:
 class ExecutorRunner(Runner):
     """One future an attempt, on an executor that others may use too and that is not ours to end."""
 
-    def __init__(self, work: Work, executor: Executor, completions: Completions, clock: Clock) -> None:
+    def __init__(self, work: Work, executor: Executor, completions: AsCompleted, clock: Clock) -> None:
         self.out = 0
         self._work = work
         self._executor = executor

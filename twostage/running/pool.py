@@ -8,16 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from twostage.errors import without_our_frames
-from twostage.running.on_executor import Runner, given_up
+from twostage.base.runner import Runner
+from twostage.base.words import without_our_frames
+from twostage.running.attempts import given_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
-    from twostage.base.as_completed import Completions
+    from twostage.base.as_completed import AsCompleted
     from twostage.base.records import Call
-    from twostage.running.on_executor import Clock, Work
+    from twostage.base.runner import Clock, Work
 
 __all__ = ["PoolRunner"]
 
@@ -37,7 +38,7 @@ class PoolRunner(Runner):
     may have been put just when the last task had stopped looking.
     """
 
-    def __init__(self, work: Work, completions: Completions, clock: Clock) -> None:
+    def __init__(self, work: Work, completions: AsCompleted, clock: Clock) -> None:
         self.out = 0
         self._work = work
         self._completions = completions

@@ -19,14 +19,8 @@ from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from twostage.errors import (
-    BaseRemoteError,
-    Classified,
-    RemoteError,
-    RemoteTraceback,
-    warn,
-    without_our_frames,
-)
+from twostage.base.kinds import BaseRemoteError, Classified, RemoteError, RemoteTraceback
+from twostage.base.words import warn, without_our_frames
 from twostage.failing.clients import status_of
 from twostage.failing.throttling import retry_after
 from twostage.failing.transient import is_timeout, kind_of

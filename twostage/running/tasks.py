@@ -14,17 +14,18 @@ from functools import partial
 from types import coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
+from twostage.base.runner import Runner
 from twostage.running.async_executor import LOT, ended
-from twostage.running.on_executor import Runner, cancelled, given_up, left_badly, made_context
+from twostage.running.attempts import cancelled, given_up, left_badly, made_context
 from twostage.running.processes import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
     from contextvars import Context
 
-    from twostage.base.as_completed import Completions
+    from twostage.base.as_completed import AsCompleted
     from twostage.base.records import Call
-    from twostage.running.on_executor import Clock, Work
+    from twostage.base.runner import Clock, Work
 
 __all__ = ["Submit", "TaskRunner"]
 
@@ -52,7 +53,7 @@ class TaskRunner(Runner):
     until it has ended.
     """
 
-    def __init__(self, work: Work, submit: Submit, completions: Completions, clock: Clock) -> None:
+    def __init__(self, work: Work, submit: Submit, completions: AsCompleted, clock: Clock) -> None:
         self.out = 0
         self._work = work
         self._submit = submit

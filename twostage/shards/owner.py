@@ -5,27 +5,31 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from tenacity import Retrying
 
 from twostage.answers.splits import Splits
 from twostage.answers.twins import Twins
 from twostage.base.checks import positive_int, seconds_or_never
+from twostage.base.runner import Work
+from twostage.base.words import brief, warn
 from twostage.core.coordinator import Coordinator
 from twostage.core.handover import HandOver
 from twostage.core.lines import Line
 from twostage.core.reading import Reading
-from twostage.errors import RunTimeout, TooManyFailures, brief, warn
+from twostage.errors import RunTimeout, TooManyFailures
 from twostage.failing.retry import Answer, Fail, Judge, Retry, repeats
 from twostage.job.building import (
+    began,
     check_not_held,
     failure_limit_of,
     identity_of,
     job_of,
     journal_of,
     listeners_for,
+    parts_of,
     recorder_for,
     variables_for,
 )
@@ -33,7 +37,6 @@ from twostage.job.driver import world
 from twostage.pace.pace import Pace
 from twostage.pace.rates import rates_of
 from twostage.running.async_executor import AsyncExecutor
-from twostage.running.on_executor import Runner, Work
 from twostage.running.processes import is_dask, kinds_of, name_of, why_not
 from twostage.shards.shard import Shard, ShardAnswer, ShardItems
 
@@ -47,11 +50,13 @@ if TYPE_CHECKING:
     from twostage.job.building import ItemsOptions, RunOptions, Settings
     from twostage.job.outcomes import Job
     from twostage.journal.journal import Journal
+    from twostage.journal.recorder import Recorder
     from twostage.journal.rows import Identity
+    from twostage.observing.events import Listeners
     from twostage.pace.rates import Rates
     from twostage.shards.shard import End
 
-__all__ = ["Sharding", "build_sharded"]
+__all__ = ["Shards", "build_sharded"]
 
 # Ends of a worker's life that an engine blames on what ran there.
 KILLED = {("distributed", "KilledWorker"), ("ray", "WorkerCrashedError"), ("ray", "OutOfMemoryError")}
@@ -60,73 +65,123 @@ ALONE = 3
 """How often an item alone may be there when a worker dies: before, it may have been another's fault."""
 
 
-class Sharding(NamedTuple):
-    """What is said of the shards, not checked yet."""
+@dataclass(frozen=True)
+class Shards:
+    """Has a job run in shards: some consecutive items each, for which a job of its own runs elsewhere.
 
-    executor: Executor
-    shards: int
-    shard_size: int
-
-
-class Owner(Coordinator):
-    """A coordinator of one stage, whose calls are shards.
+    Results, order and errors are those of a job without them. Each call is made at least once: those of a
+    shard whose worker was lost are made again, if the executor does that. What travels is pickled: the two
+    functions, policies, items, tokens and results.
 
     Attributes:
+        executor: Where shards run: Dask's `client.get_executor(pure=False)`, a `ProcessPoolExecutor`,
+            mpi4py's `MPIPoolExecutor` or any other `concurrent.futures.Executor`. It is never shut down.
+        at_once: How many are out at once: best as many as the executor runs at once, and one or two more.
+        size: How many items a shard has. A lost worker costs the calls of its shard; a small one keeps the
+            workers of its job less busy, as each begins and ends with a few calls.
+
+    Raises:
+        TypeError: The executor takes no calls, or none of plain functions, or a number is none.
+        ValueError: A number is below 1.
+
+    >>> from concurrent.futures import ProcessPoolExecutor
+    >>> from multiprocessing import get_context
+    >>> from twostage import Shards, run_two_stage
+    >>> with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    ...     run_two_stage(range(8), str, len, shards=Shards(pool, at_once=2, size=2))
+    [1, 1, 1, 1, 1, 1, 1, 1]
+    """
+
+    executor: Executor
+    at_once: int = 8
+    size: int = 1000
+
+    def __post_init__(self) -> None:
+        executor: object = self.executor
+        if isinstance(executor, type | AsyncExecutor) or not callable(getattr(executor, "submit", None)):
+            raise TypeError(
+                f"executor is {brief(executor)}; expected what shards are sent to, such as Dask's "
+                "client.get_executor(pure=False), a ProcessPoolExecutor or an MPIPoolExecutor"
+            )
+        positive_int(self.at_once, "at_once")
+        positive_int(self.size, "size")
+
+
+class ShardEnds:
+    """Tells shards what they are to do, and takes what has become of their items.
+
+    Args:
+        job: The one that owns them.
+        line: Its only stage.
+        listeners: Its own.
+        twins: Know the items' keys, if there are any.
+        recorder: Keeps what the shards have, if there is one.
         offset: Of its clock to the time.
     """
 
-    offset = 0.0
+    def __init__(
+        self,
+        job: Coordinator,
+        line: Line,
+        listeners: Listeners,
+        twins: Twins | None,
+        recorder: Recorder | None,
+        offset: float,
+    ) -> None:
+        self._recorder = recorder
+        self._job = job
+        self._line = line
+        self._listeners = listeners
+        self._twins = twins
+        self._offset = offset
 
     def items_of(self, batch: Batch) -> ShardItems:
         """Returns what a shard is to be told, each time that it is sent."""
         outcomes = cast("Sequence[Any]", batch.members)
         items = ShardItems(outcome.item for outcome in outcomes)
-        if self.recorder is not None and self.twins is not None:
-            items.keys = [cast("str", self.twins.keys[outcome.index]) for outcome in outcomes]
-        items.timeout = self.deadline - self.now
+        if self._recorder is not None and self._twins is not None:
+            items.keys = [cast("str", self._twins.keys[outcome.index]) for outcome in outcomes]
+        items.timeout = self._job.deadline - self._job.now
         return items
 
-    def shard_ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
+    def ended(self, batch: Batch, answer: object, error: BaseException | None) -> None:
         """Takes what became of a shard's items, where their own job has ended."""
-        members, ends, _ = self._batch_ended(self.token_line, batch, answer, error)
+        members, ends, _ = self._job.ended(self._line, batch, answer, error)
         if not members:
             return
         _, failure, rows, partial, heard = cast("ShardAnswer", answer)
         indices = [member.index for member in members]
-        if self.recorder is not None:
-            self.recorder.add(rows, [indices[place] for place in partial])
-        heard.tell(self.listeners, self.offset, indices)
+        if self._recorder is not None:
+            self._recorder.add(rows, [indices[place] for place in partial])
+        heard.tell(self._listeners, self._offset, indices)
         for member, end in zip(members, ends, strict=True):
             if end is not None:
-                self._take_end(member, end)
+                self._take(member, end)
         if isinstance(failure, TooManyFailures):  # whose cause does not travel
             failure.__cause__ = next(filter(None, map(_failure_of, reversed(ends))), None)
         if failure is not None:
-            self._end(failure)
+            self._job.end(failure)
 
-    def _take_end(self, outcome: Any, end: End) -> None:  # noqa: ANN401 - an outcome of anything
+    def _take(self, outcome: Any, end: End) -> None:  # noqa: ANN401 - an outcome of anything
+        job = self._job
         outcome.token, outcome.token_attempts, outcome.attempts = end.token, end.token_attempts, end.attempts
-        error = end.exception
-        if isinstance(error, RunTimeout):
-            error = self._time_out()  # the whole job's
-        if error is None and self.now < self.deadline:
-            outcome.result = end.result
-        elif error is None:
-            outcome.result = self._in_words_of_the_whole(end.result)
-        elif self.return_exceptions:
+        error = job.time_out() if isinstance(end.exception, RunTimeout) else end.exception  # the whole job's
+        if error is None:
+            result = end.result if job.now < job.deadline else self._in_words_of_the_whole(end.result)
+            job.settle(outcome.answer(result))
+        elif job.return_exceptions:
             outcome.exception = error
+            job.settle(outcome)
         else:
-            if error is not self.timed_out:
-                self.failed_index = min(self.failed_index, outcome.index)
-            self._end(error)
-            return
-        self._finish(outcome)
+            if error is not job.timed_out:
+                job.failed_index = min(job.failed_index, outcome.index)
+            job.end(error)
 
     def _in_words_of_the_whole(self, result: object) -> object:
         """Returns a result whose tokens' timeouts, if it is a list, are the whole job's."""
         if type(result) is not list:
             return result
-        return [self._time_out() if isinstance(one, RunTimeout) else one for one in result]
+        return [self._job.time_out() if isinstance(one, RunTimeout) else one for one in result]
 
 
 def _failure_of(end: End | None) -> Exception | None:
@@ -151,16 +206,6 @@ class _ShardJudge(Judge):
         return Fail(end.error)
 
 
-class _NoRunner(Runner):
-    """Of the stage that there is none of: it happens in the shards."""
-
-    def take_back(self) -> list[Call]:
-        return []
-
-    def stop(self) -> None:
-        """Has nothing to stop."""
-
-
 def _kills(error: BaseException) -> bool:
     return not KILLED.isdisjoint(kinds_of(error))
 
@@ -176,11 +221,12 @@ def build_sharded(
     second: Settings,
     items_options: ItemsOptions,
     run_options: RunOptions,
-    sharding: Sharding,
+    sharding: Shards,
     results: list[Any] | None = None,
 ) -> Job:
     """Checks what is left to check, and builds a job of shards of which nothing runs yet."""
-    executor, shards, size = _checked(sharding)
+    executor, at_once, size = sharding.executor, sharding.at_once, sharding.size
+    check_not_held(executor, "executor")
     for settings in (first, second):
         _check_stage(settings, executor)
     if run_options.watching.trace is not None:
@@ -189,9 +235,9 @@ def build_sharded(
             "attempts of all shards"
         )
     key, refresh_token_on, max_refreshes, window, journal = items_options
-    window = shards * size if window is None else positive_int(window, "window")
+    window = at_once * size if window is None else positive_int(window, "window")
     if window < size:
-        raise ValueError(f"window is {window}; expected at least the shard_size of {size}")
+        raise ValueError(f"window is {window}; expected at least the size of a shard, {size}")
     failure_limit = failure_limit_of(run_options, many=first.many)
     listeners = listeners_for(items, run_options.watching)
     recorded: tuple[Journal, Identity] | None = None
@@ -199,8 +245,8 @@ def build_sharded(
         journal = journal_of(journal)
         recorded = journal, identity_of(journal, first, second)
     shard = Shard(
-        _shared(first, shards),
-        _shared(second, shards),
+        _shared(first, at_once),
+        _shared(second, at_once),
         refresh_token_on,
         max_refreshes,
         run_options.max_failures,
@@ -221,52 +267,38 @@ def build_sharded(
         results=results,
         whole=failure_limit is not None,
         ordered=run_options.ordered,
-        twins=twins,
+        forget=None if twins is None else twins.forget,
         many=False,
     )
-    owner = Owner(
-        _line(1, shards, size),
-        _line(2, 1, None),
+    splits = Splits(_splits)
+    line = Line(
+        1,
+        at_once,
+        at_once,
+        _check_answer,
+        _ShardJudge(),
+        Pace(1, at_once, pause=False, patience=1.0, adaptive=False, tell=_hear_nothing),
+        batch_size=size,
+        splits=splits,
+    )
+    line.name = "a shard"
+    linger = seconds_or_never(run_options.linger, "linger")
+    owner = Coordinator(
+        line,
         bound=window,
-        reading=Reading(size, window, handing),
+        reading=Reading(size, window, handing, linger),
         handing=handing,
-        listeners=listeners,
         return_exceptions=run_options.return_exceptions,
-        twins=twins,
         timeout=seconds_or_never(run_options.timeout, "timeout"),
-        too_many=None if failure_limit is None else failure_limit.passed,
-        linger=seconds_or_never(run_options.linger, "linger"),
-        recorder=recorder,
     )
-    owner.token_line.runner = driver.runner(
-        Work(
-            owner.token_line.name,
-            shard.run,
-            owner.items_of,
-            owner.shard_ended,
-            shards,
-            variables_for(executor),
-            executor,
-        )
+    splits.attach(owner, line)
+    begins = began(first, second, window, listeners.total)
+    parts_of(owner, listeners, begins, twins, recorder, failure_limit, many=False)
+    ends = ShardEnds(owner, line, listeners, twins, recorder, time.time() - driver.clock())
+    line.runner = driver.runner(
+        Work(line.name, shard.run, ends.items_of, ends.ended, at_once, variables_for(executor), executor)
     )
-    owner.result_line.runner = _NoRunner()
-    owner.offset = time.time() - driver.clock()
     return job_of(items, first, second, items_options, run_options, driver, owner)
-
-
-def _checked(sharding: Sharding) -> Sharding:
-    executor: object = sharding.executor
-    if isinstance(executor, type | AsyncExecutor) or not callable(getattr(executor, "submit", None)):
-        raise TypeError(
-            f"executor is {brief(executor)}; expected what shards are sent to, such as Dask's "
-            "client.get_executor(pure=False), a ProcessPoolExecutor or an MPIPoolExecutor"
-        )
-    check_not_held(sharding.executor, "executor")
-    return Sharding(
-        sharding.executor,
-        positive_int(sharding.shards, "shards"),
-        positive_int(sharding.shard_size, "shard_size"),
-    )
 
 
 def _check_stage(settings: Settings, executor: Executor) -> None:
@@ -347,21 +379,6 @@ def _check_travels(shard: Shard, executor: Executor) -> None:
                 f"expected what can be{policies}"
             ) from reason
     raise error
-
-
-def _line(stage: int, workers: int, size: int | None) -> Line:
-    line = Line(
-        stage,
-        workers,
-        workers,
-        _check_answer,
-        _ShardJudge(),
-        Pace(stage, workers, pause=False, patience=1.0, adaptive=False, tell=_hear_nothing),
-        batch_size=size,
-        splits=None if size is None else Splits(_splits),
-    )
-    line.name = "a shard"
-    return line
 
 
 def _check_answer(answer: object, _call: Call) -> Sequence[Any]:

@@ -7,7 +7,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twostage.errors import RunTimeout, without_our_frames
+from twostage.base.words import without_our_frames
+from twostage.errors import RunTimeout
 from twostage.job.building import ItemsOptions, RunOptions, Settings, Watching, build
 from twostage.job.outcomes import Outcomes
 from twostage.observing.events import Listeners, Observer

@@ -31,10 +31,11 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
 
 from twostage.base.records import Batch, ListedToken
-from twostage.errors import without_our_frames
+from twostage.base.runner import Runner, Work
+from twostage.base.words import without_our_frames
 from twostage.job.driver import world
 from twostage.running.async_executor import ended
-from twostage.running.on_executor import Runner, Work, cancelled, given_up, left_badly, made_context
+from twostage.running.attempts import cancelled, given_up, left_badly, made_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from twostage.base.checks import positive_int
-from twostage.errors import STAGES, Classified, RemoteError
-from twostage.failing.transient import Kind
+from twostage.base.kinds import Classified, Kind, RemoteError
+from twostage.base.words import STAGES
 from twostage.pace.rates import Rate, rates_of
 from twostage.run import iter_two_stage
 from twostage.stage import Stage
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from twostage.observing.events import StageSettings
-    from twostage.tracing.trace import Trace
+    from twostage.observing.record import Record
 
 __all__ = ["Changes", "Foresight", "what_if"]
 
@@ -102,7 +102,7 @@ class Recorded:
     wait: float | None
 
 
-def what_if(trace: Trace, *, items: int | None = None, **changes: Any) -> Foresight:  # noqa: ANN401 - of `Changes`
+def what_if(trace: Record, *, items: int | None = None, **changes: Any) -> Foresight:  # noqa: ANN401 - of `Changes`
     """Returns what a job will take with other settings, or more items, than the traced one."""
     before = trace.begun.stages
     after = _changed(before, cast("Changes", changes))
@@ -157,7 +157,7 @@ def _rated(stage: StageSettings, rate: float | Rate | None, name: str) -> StageS
     return stage._replace(rates=tuple((one.limit, one.per) for one in rates), weighs=False)
 
 
-def _recorded(trace: Trace, stage: int) -> list[Recorded]:
+def _recorded(trace: Record, stage: int) -> list[Recorded]:
     """Returns a stage's attempts; without those that a limit held back, or made while the API was down."""
     attempts, many = trace.stage(stage), trace.begun.many and stage == 1
     down = [(since, until) for since, until, why in trace.pauses(stage) if why == "down"]

@@ -8,25 +8,25 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from twostage.errors import STAGES
+from twostage.base.words import STAGES
 from twostage.tracing.timeline import calls_running, lanes, tokens_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from twostage.tracing.trace import Trace
+    from twostage.observing.record import Record
 
 __all__ = ["events_of"]
 
 WHY = {"paused": "paused by the API", "limited": "paused by a limit", "down": "API down"}
 
 
-def events_of(trace: Trace) -> dict[str, Any]:
+def events_of(trace: Record) -> dict[str, Any]:
     """Returns a trace's events, as they stand in a file."""
     return {"displayTimeUnit": "ms", "traceEvents": list(_events(trace))}
 
 
-def _events(trace: Trace) -> Iterator[dict[str, Any]]:
+def _events(trace: Record) -> Iterator[dict[str, Any]]:
     ids = count(1)
     for stage, settings in enumerate(trace.begun.stages, 1):
         attempts = trace.stage(stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twostage.errors import STAGES
+from twostage.base.words import STAGES
 from twostage.tracing.timeline import calls_running, lanes, sums, tokens_waiting
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from twostage.observing.record import Attempts, Record
     from twostage.tracing.timeline import Steps
-    from twostage.tracing.trace import Attempts, Trace
 
 __all__ = ["plot"]
 
@@ -32,7 +32,7 @@ BINS = 900  # along the time, then
 GAP = 0.06  # of all lanes, between the stages
 
 
-def plot(trace: Trace, path: str | os.PathLike[str] | None) -> Figure:
+def plot(trace: Record, path: str | os.PathLike[str] | None) -> Figure:
     """Returns a figure of a trace, and writes it to a file if there is to be one."""
     attempts = {stage: trace.stage(stage) for stage in (1, 2)}
     if not len(trace):
@@ -58,7 +58,7 @@ def plot(trace: Trace, path: str | os.PathLike[str] | None) -> Figure:
 # --- the timeline
 
 
-def _timeline(axes: Axes, trace: Trace, attempts: dict[int, Attempts], seconds: float) -> None:
+def _timeline(axes: Axes, trace: Record, attempts: dict[int, Attempts], seconds: float) -> None:
     many = len(trace) > MANY
     lanes_of = {stage: lanes(one) for stage, one in attempts.items()}
     heights = {stage: max(lane_of, default=0) + 1 for stage, lane_of in lanes_of.items()}
@@ -146,7 +146,7 @@ def _shares(edges: Any, attempts: Attempts, places: Sequence[int]) -> Any:  # no
 # --- the counts
 
 
-def _counts(axes: Axes, trace: Trace, attempts: dict[int, Attempts], seconds: float) -> None:
+def _counts(axes: Axes, trace: Record, attempts: dict[int, Attempts], seconds: float) -> None:
     lines = []
     for stage, one in attempts.items():
         lines += _line(axes, calls_running(one), seconds, f"{STAGES[stage]}'s calls running", COLOURS[stage])

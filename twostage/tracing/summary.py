@@ -6,13 +6,13 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from twostage.errors import STAGES
+from twostage.base.words import STAGES
 from twostage.tracing.timeline import area, covered, tokens_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from twostage.tracing.trace import Attempts, Trace
+    from twostage.observing.record import Attempts, Record
 
 __all__ = ["StageSummary", "Summary", "efficiency", "summary"]
 
@@ -120,7 +120,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{1000 * seconds:,.1f} ms"
 
 
-def summary(trace: Trace) -> Summary:
+def summary(trace: Record) -> Summary:
     """Returns the figures of a trace."""
     trace.begun  # noqa: B018 - it says so if there is none
     end = trace.end
@@ -135,7 +135,7 @@ def summary(trace: Trace) -> Summary:
     return Summary(end.seconds, end.done, end.failed, (first, second), waiting, limit, advice, trace.left_out)
 
 
-def _stage(trace: Trace, stage: int, attempts: Attempts, seconds: float) -> StageSummary:
+def _stage(trace: Record, stage: int, attempts: Attempts, seconds: float) -> StageSummary:
     workers = trace.begun.stages[stage - 1].workers
     names = list(map(str, trace.endings))
     spans = list(zip(attempts.began, attempts.ended, attempts.ending, strict=True))
@@ -172,7 +172,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _limits(
-    trace: Trace, stages: tuple[StageSummary, StageSummary], waiting: float, seconds: float
+    trace: Record, stages: tuple[StageSummary, StageSummary], waiting: float, seconds: float
 ) -> Iterator[tuple[str, str]]:
     """Gives what limits the job, the first of it most of all, each with what to do about that."""
     held = max(stages, key=lambda one: one.held_back)
@@ -216,7 +216,7 @@ def _limits(
     yield "neither stage", f"{advice}, or the job is too short to fill them"
 
 
-def efficiency(trace: Trace) -> float:
+def efficiency(trace: Record) -> float:
     """Returns the least time that a trace's attempts take in any schedule, by the time that they took."""
     begun = trace.begun
     if trace.left_out:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from twostage.tracing.trace import Attempts
+    from twostage.observing.record import Attempts
 
 __all__ = ["Steps", "area", "calls_running", "covered", "lanes", "sums", "tokens_waiting"]
 

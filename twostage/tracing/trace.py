@@ -6,17 +6,19 @@ import json
 import math
 import os
 from array import array
-from itertools import compress
 from struct import pack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from twostage.base.checks import positive_int
-from twostage.errors import RemoteError
+from twostage.base.kinds import RemoteError
 from twostage.failing.clients import status_of
 from twostage.failing.throttling import retry_after
 from twostage.failing.transient import kind_of
-from twostage.observing.events import HeldBack, JobBegan, JobEnded, Observer, settings_of
-from twostage.tracing import foresee, perfetto, plot, summary
+from twostage.observing.events import HeldBack, JobBegan, JobEnded, settings_of
+from twostage.observing.record import ATTEMPTS, Ending, Record
+from twostage.tracing import foresee, perfetto
+from twostage.tracing import plot as trace_plot
+from twostage.tracing import summary as trace_summary
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -27,46 +29,15 @@ if TYPE_CHECKING:
     from twostage.tracing.foresee import Changes, Foresight
     from twostage.tracing.summary import Summary
 
-__all__ = ["Attempts", "Ending", "Trace"]
+__all__ = ["Trace"]
 
 FORMAT = "twostage trace 1"
 
-# Typecodes of `array`: 55 bytes an attempt.
-ATTEMPTS = {
-    "stage": "B",
-    "item_index": "Q",
-    "size": "I",
-    "number": "I",
-    "handed_over": "d",
-    "began": "d",
-    "ended": "d",
-    "answers": "I",
-    "ending": "H",
-    "asked": "f",
-    "wait": "f",
-}
 LEAST_WAIT = 1e-9  # a wait of 0 is none
 LOT = 64  # attempts that are kept as they came, before they are put into the columns: that costs less so
 
 
-class Ending(NamedTuple):
-    """How attempts end.
-
-    Attributes:
-        name: The exception's type; empty for an answer.
-        status: The HTTP status that it carried, or `None`.
-        kind: What that says of the API: "LASTING", "PASSING", "THROTTLED" or "OUTAGE"; else empty.
-    """
-
-    name: str = ""
-    status: int | None = None
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return self.name if self.status is None else f"{self.name} {self.status}"
-
-
-class Trace(Observer):
+class Trace(Record):
     """Records each attempt of a job: when it was handed over, began and ended, and how. And its pauses.
 
     It is of one job at a time; the next one it is given to begins it anew. It takes 55 bytes an attempt, and
@@ -98,14 +69,8 @@ class Trace(Observer):
         self._begin(None)
 
     def _begin(self, job: JobBegan | None) -> None:
-        self.job = job
-        self.end: JobEnded | None = None
-        self.holds: list[HeldBack] = []
-        self.endings: list[Ending] = [Ending()]
-        self.left_out = 0
+        Record.__init__(self, job)
         self._places: dict[Ending, int] = {self.endings[0]: 0}
-        self._lot: list[tuple[Any, ...]] = []
-        self._attempts: dict[str, array[Any]] = {name: array(code) for name, code in ATTEMPTS.items()}
         self._wait = 0.0  # till a retry, of the attempt that will be told of next
 
     # --- what it hears
@@ -158,88 +123,11 @@ class Trace(Observer):
 
     # --- what it tells
 
-    def __len__(self) -> int:
-        """How many attempts are recorded."""
-        return len(self._attempts["stage"]) + len(self._lot)
-
-    def __bool__(self) -> bool:
-        """Whether it is a trace, which it always is."""
-        return True
-
     def __repr__(self) -> str:
         return f"<Trace of {len(self):,} attempts>"
 
     def __str__(self) -> str:
         return str(self.summary())
-
-    def columns(self) -> dict[str, list[Any]]:
-        """Returns what was recorded of each attempt, for `pandas.DataFrame` or `polars.DataFrame`.
-
-        Returns:
-            By name: "stage", "item_index" of the first item, "size", "number" of the attempt, "handed_over",
-            "began" and "ended" in seconds from the job's begin on, "answers", and "ending": empty for an
-            answer, else the failure's type and status. In the order in which attempts ended.
-
-        Raises:
-            ValueError: No job was traced to its end.
-        """
-        begin = self.begun.clock
-        columns: dict[str, list[Any]] = {
-            name: [time - begin for time in column] if column.typecode == "d" else list(column)
-            for name, column in self._attempts.items()
-        }
-        del columns["asked"], columns["wait"]
-        names = list(map(str, self.endings))
-        columns["ending"] = [names[place] for place in columns["ending"]]
-        return columns
-
-    def stage(self, stage: int) -> Attempts:
-        """Returns the columns of a stage's attempts, in seconds from the job's begin on.
-
-        Raises:
-            ValueError: As from `columns`.
-        """
-        begin = self.begun.clock
-        of_stage = [one == stage for one in self._attempts["stage"]]
-        columns: list[list[Any]] = [list(compress(column, of_stage)) for column in self._attempts.values()]
-        attempts = Attempts(*columns[1:])
-        for times in (attempts.handed_over, attempts.began, attempts.ended):
-            times[:] = [time - begin for time in times]
-        return attempts
-
-    def retries(self, stage: int) -> list[tuple[float, float]]:
-        """Returns from when till when calls of a stage waited for a retry, in seconds of the job."""
-        attempts = self.stage(stage)
-        return [
-            (ended, ended + wait) for ended, wait in zip(attempts.ended, attempts.wait, strict=True) if wait
-        ]
-
-    def pauses(self, stage: int) -> list[tuple[float, float, str]]:
-        """Returns from when till when a stage was held back, and why: "paused", "limited" or "down"."""
-        begin = self.begun.clock
-        pauses: list[tuple[float, float, str]] = []
-        for held in self.holds:
-            if held.stage == stage and held.why in ("paused", "limited"):
-                pauses.append((held.at - begin, min(held.until - begin, self.seconds), held.why))
-            elif held.stage == stage and held.why in ("up", "given up"):
-                pauses.append((held.at - held.seconds - begin, held.at - begin, "down"))
-        return pauses
-
-    @property
-    def begun(self) -> JobBegan:
-        """How the job began.
-
-        Raises:
-            ValueError: No job was traced to its end.
-        """
-        if self.job is None or self.end is None:
-            raise ValueError("the trace has no job that has ended; give it to one as trace=")
-        return self.job
-
-    @property
-    def seconds(self) -> float:
-        """How long the job took."""
-        return 0.0 if self.end is None else self.end.seconds
 
     def summary(self) -> Summary:
         """Returns figures of both stages, what limits the job, and what to change; `print` shows a table.
@@ -247,7 +135,7 @@ class Trace(Observer):
         Raises:
             ValueError: No job was traced to its end, or it made no attempt.
         """
-        return summary.summary(self)
+        return trace_summary.summary(self)
 
     def efficiency(self) -> float:
         """Returns how near the job came to the least time that any schedule takes for what the API did.
@@ -261,7 +149,7 @@ class Trace(Observer):
         Raises:
             ValueError: No job was traced to its end, it made no attempt, or not all of them were recorded.
         """
-        return summary.efficiency(self)
+        return trace_summary.efficiency(self)
 
     def what_if(self, **changes: Unpack[Changes]) -> Foresight:
         """Returns how long the job would take with other settings.
@@ -309,7 +197,7 @@ class Trace(Observer):
             ValueError: No job was traced to its end, or it made no attempt.
             ImportError: matplotlib is not there: `pip install 'twostage[plot]'`.
         """
-        return plot.plot(self, path)
+        return trace_plot.plot(self, path)
 
     def to_perfetto(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that https://ui.perfetto.dev opens, and chrome://tracing.
@@ -371,21 +259,6 @@ class Trace(Observer):
         trace.endings = [Ending(*ending) for ending in saved["endings"]]
         trace._attempts = {name: array(ATTEMPTS[name], saved["attempts"][name]) for name in ATTEMPTS}
         return trace
-
-
-class Attempts(NamedTuple):
-    """Columns of a stage's attempts; times are seconds of the job."""
-
-    item_index: list[int]
-    size: list[int]
-    number: list[int]
-    handed_over: list[float]
-    began: list[float]
-    ended: list[float]
-    answers: list[int]
-    ending: list[int]
-    asked: list[float]
-    wait: list[float]
 
 
 def _write(path: str | os.PathLike[str], what: object) -> None:

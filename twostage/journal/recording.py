@@ -1,0 +1,73 @@
+"""A job's journal, as a part of it: what is recorded goes on from there, what is new is recorded first."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from twostage.base.words import without_our_frames
+
+if TYPE_CHECKING:
+    from twostage.core.coordinator import Coordinator, Message
+    from twostage.core.handover import AnyOutcome
+    from twostage.journal.recorder import Recorder
+
+__all__ = ["Recording"]
+
+log = logging.getLogger("twostage")
+
+
+class Recording:
+    """Has a recorder hear of a job, and finds there what is known already."""
+
+    def __init__(self, job: Coordinator, recorder: Recorder, *, many: bool) -> None:
+        self._job = job
+        self._recorder = recorder
+        job.hears.begins.append(lambda _: recorder.open())
+        job.hears.closes.append(recorder.close)
+        job.hears.read.append(self._find)
+        job.hears.tokens.append(recorder.lists if many else recorder.tokens)
+        job.hears.results.append(
+            lambda members, results: recorder.results(zip(members, results, strict=True))
+        )
+        job.hears.given.append(recorder.leave_out)
+        job.hears.failed.append(
+            lambda stage, members, error, may_pass: recorder.failed(stage, members, error, may_pass=may_pass)
+        )
+        job.hears.done.append(recorder.finished)
+        job.hears.before_message.append(self._commit)
+        job.hears.handled.append(self._close)
+
+    def _find(self, outcomes: list[AnyOutcome], _keys: object) -> list[AnyOutcome]:
+        """Has items go on from what is recorded; returns those of which nothing is."""
+        job, found = self._job, self._recorder.find(outcomes)
+        job.at_work += len(found.calls) + len(found.done)
+        for tokens in found.lists:
+            job.handing.add_surplus(tokens.outcome.index, len(tokens.results) - 1)
+        if found.calls:
+            job.lines[1].waiting.extend(found.calls)
+        failed = {} if job.return_exceptions else dict(found.failed)
+        for outcome in found.done:
+            if outcome.index not in failed:
+                job.settle(outcome)
+        if failed:
+            job.failed_index = min(failed)
+            job.end(failed[min(failed)])
+        return found.new
+
+    def _commit(self) -> None:
+        """Has recorded what is handed over next."""
+        job, recorder = self._job, self._recorder
+        try:
+            recorder.commit()
+        except Exception as broken:  # noqa: BLE001 - whatever it is, it can't be handed over
+            if job.ending and job.error is not broken:
+                log.warning("what the job's last calls gave is not recorded: %s", broken)
+            job.end(without_our_frames(broken))
+            job.handing.discard(recorder.take_finished())
+        else:
+            job.handing.recorded(filter(recorder.is_whole, recorder.take_finished()))
+
+    def _close(self, message: Message | None) -> None:
+        if message is not None and message.ended:
+            self._recorder.close()
