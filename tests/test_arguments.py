@@ -19,7 +19,9 @@ from unittest.mock import AsyncMock
 import pytest
 from common import run
 
-from twostage import Stage, iter_two_stage, run_two_stage
+from twostage import Stage, aiter_two_stage, arun_two_stage, iter_two_stage, run_two_stage
+from twostage.base.options import JobOptions
+from twostage.run import Options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -463,8 +465,8 @@ def test_signature_says_what_the_defaults_mean(function: Callable[..., object]) 
     parameters = inspect.signature(function).parameters
     assert [str(parameters[name].default) for name in ("batch_size", "token_workers", "result_workers")] == [
         "<default: one item a call>",
-        "<default: 4>",
-        "<default: 32>",
+        "<default: 4; coroutine functions: 100>",
+        "<default: 32; coroutine functions: 100>",
     ]
     assert repr(parameters["retry"].default) == "<default: 10 attempts if the failure is transient>"
     assert parameters["window"].default is None
@@ -473,6 +475,32 @@ def test_signature_says_what_the_defaults_mean(function: Callable[..., object]) 
 
 
 plain_text: Any = vars(pydoc)["plaintext"]  # which its stub does not know
+
+
+@pytest.mark.parametrize("function", [run_two_stage, iter_two_stage, arun_two_stage, aiter_two_stage])
+def test_misspelt_option_is_a_type_error_that_names_the_nearest(function: Callable[..., object]) -> None:
+    untouched = Untouched()
+    with pytest.raises(TypeError, match=r"^there is no option batchsize; did you mean batch_size\?$"):
+        function(untouched, untouched, untouched, batchsize=3)
+    with pytest.raises(TypeError, match=r"^there is no option colour$"):
+        function(untouched, untouched, untouched, colour=3)
+    assert untouched.uses == []
+
+
+@pytest.mark.parametrize("function", [iter_two_stage, aiter_two_stage])
+def test_each_option_has_its_default_in_the_signature(function: Callable[..., object]) -> None:
+    shown = inspect.signature(function).parameters
+    options = {one.name: one.default for one in dataclasses.fields(JobOptions)}
+    assert list(shown) == ["items", "fetch_token", "fetch_result", *options]
+    assert {name: shown[name].default for name in options} == options
+    of_a_list = inspect.signature(run_two_stage).parameters
+    assert list(of_a_list) == [name for name in shown if name not in {"ordered", "linger"}]
+    assert list(inspect.signature(arun_two_stage).parameters) == list(of_a_list)
+    assert list(Options.__annotations__) == [
+        name
+        for name in options
+        if name not in {"batch_size", "many", "return_exceptions", "ordered", "linger"}
+    ]
 
 
 def test_help_says_what_the_defaults_mean() -> None:

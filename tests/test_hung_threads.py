@@ -495,7 +495,7 @@ def test_function_is_never_called_with_what_the_call_has_become(
             clock.advance(30)
         return outcome.token
 
-    monkeypatch.setattr("twostage.job.building._token", token_of)
+    monkeypatch.setattr("twostage.job.stages._token", token_of)
     asked: list[str] = []
     made = itertools.count()
 

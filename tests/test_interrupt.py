@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 VISITS: Final = 2  # of a line: it may be reached in several states
 SHARES: Final = 5  # of the lines, of which a job is interrupted at one: the jobs have most lines in common
-HALF: Final = ("twostage.run", "twostage.job.building", "twostage.job.outcomes", "twostage.job.driver")
+HALF: Final = (
+    "twostage.run",
+    "twostage.job.building",
+    "twostage.job.stages",
+    "twostage.job.outcomes",
+    "twostage.job.driver",
+)
 
 
 class Place(NamedTuple):

@@ -393,7 +393,7 @@ def test_gate_holds_starts_back_and_hears_of_each(
         gates = [gate] if STAGES[number] == stage else []
         return Line(number, workers, 3, *parts, **more | {"gates": gates})
 
-    monkeypatch.setattr("twostage.job.building.Line", gated_line)
+    monkeypatch.setattr("twostage.job.stages.Line", gated_line)
     fails = {4: 2}
     tokens = Timed(virtual, 0.5, fails if stage == "stage one" else None)
     results = Timed(virtual, 0.5, fails if stage == "stage two" else None)

@@ -27,9 +27,12 @@ from twostage import (
     Progress,
     Rate,
     RunTimeout,
+    Shards,
     Stage,
     TooManyFailures,
     Trace,
+    aiter_two_stage,
+    arun_two_stage,
     iter_two_stage,
     run_two_stage,
 )
@@ -393,7 +396,7 @@ def test_each_shard_has_its_share_of_a_rate(away: Away, monkeypatch: pytest.Monk
     monkeypatch.setattr(away, "submit", note)
     stage = Stage(result, rate=400)
     run(range(80), str, stage, executor=away, at_once=2, size=40)
-    assert [work.fetch.__self__.second.stage.rate for work in sent] == [200, 200]
+    assert [work.fetch.__self__.stages[1].stage.rate for work in sent] == [200, 200]
     assert stage.rate == 400
 
 
@@ -672,6 +675,10 @@ def test_bad_arguments_are_refused(away: Away, *, iterates: bool) -> None:
         job(size=1.5)
     with refused(ValueError, "window is 5; expected at least the size of a shard, 10"):
         job(window=5, size=10)
+    plain: Any = iter_two_stage if iterates else run_two_stage
+    for no_shards in (2, away):
+        with refused(TypeError, r"shards is .*; expected Shards\(executor\), or None"):
+            plain(range(3), tokens, result, shards=no_shards)
     with refused(TypeError, "trace is given, and a Trace is one machine's"):
         job(trace=Trace())
     with refused(TypeError, "fetch_result's Stage has an executor, which stays in this process"):
@@ -767,3 +774,11 @@ def test_what_travels_shows_nothing_of_what_is_in_it(away: Away, monkeypatch: py
 
 def with_key(_: str, item: int) -> str:
     return f"token {item}"
+
+
+def test_shards_are_refused_in_async_code(away: Away) -> None:
+    shards = Shards(away)
+    with refused(TypeError, "shards is given, and can't be awaited; expected run_two_stage"):
+        asyncio.run(arun_two_stage(range(3), str, str, shards=shards))
+    with refused(TypeError, "shards is given, and can't be awaited; expected run_two_stage"):
+        aiter_two_stage(range(3), str, str, shards=shards)

@@ -14,7 +14,6 @@ from typing import (
     Concatenate,
     Generic,
     Literal,
-    NamedTuple,
     ParamSpec,
     TypeAlias,
     TypedDict,
@@ -22,26 +21,28 @@ from typing import (
     overload,
 )
 
+from twostage.base.options import JobOptions, check_names
 from twostage.base.words import warn
-from twostage.job.building import (
-    RESULT_WORKERS,
-    TOKEN_WORKERS,
-    ItemsOptions,
-    RunOptions,
-    Watching,
-    build,
-    build_async,
-    settled,
-)
+from twostage.job.building import build, build_async
 from twostage.job.outcomes import AsyncOutcomes, Outcomes
-from twostage.shards.owner import build_sharded
-from twostage.stage import DEFAULT_RETRY, ONE_ITEM_A_CALL, ONE_TOKEN_AN_ITEM, Answers, Default, Many, Stage
+from twostage.job.stages import settled
+from twostage.shards.owner import build_sharded, check_shards
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Coroutine, Hashable, Iterable
+    from collections.abc import (
+        AsyncIterable,
+        Awaitable,
+        Callable,
+        Collection,
+        Coroutine,
+        Hashable,
+        Iterable,
+        Mapping,
+    )
     from typing import Unpack
 
     from twostage.base.checks import Failures
+    from twostage.base.options import Default
     from twostage.failing.retry import RetryPolicy
     from twostage.job.outcomes import AsyncJob, Job
     from twostage.journal.journal import JournalLike
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from twostage.observing.events import Observer
     from twostage.observing.record import Record
     from twostage.shards.owner import Shards
+    from twostage.stage import Answers, Many, Stage
 
 __all__ = ["aiter_two_stage", "arun_two_stage", "iter_two_stage", "run_two_stage"]
 
@@ -57,8 +59,7 @@ TokenT = TypeVar("TokenT")
 ResultT = TypeVar("ResultT")
 P = ParamSpec("P")
 
-DEFAULT_TOKEN_WORKERS = Default(str(TOKEN_WORKERS))
-DEFAULT_RESULT_WORKERS = Default(str(RESULT_WORKERS))
+OF_STREAMS = "ordered", "linger"
 
 Later: TypeAlias = "Callable[[ItemT], Awaitable[ResultT]]"
 Now: TypeAlias = "Callable[[ItemT], ResultT] | Stage[ItemT, ResultT]"
@@ -245,7 +246,8 @@ def run_two_stage(
     [65, 66, 67]
     """
     results: list[Any] = []
-    job: Job = _job("arun_two_stage", items, fetch_token, fetch_result, results=results, **options)
+    _check_list(options)
+    job: Job = _job("arun_two_stage", items, fetch_token, fetch_result, options, results)
     try:
         job.advance()  # to the end: with a list to fill, no outcome is handed over
         if job.error is not None:
@@ -315,9 +317,6 @@ def iter_two_stage(
     items: Iterable[Any],
     fetch_token: Callable[[Any], Any] | Stage[Any, Any],
     fetch_result: Callable[[Any], Any] | Stage[Any, Any],
-    *,
-    ordered: bool = False,
-    linger: float | None = None,
     **options: Any,
 ) -> Outcomes[Any, Any, Any]:
     """Makes two calls for each item, many at once, and hands the outcomes over as they complete.
@@ -355,64 +354,44 @@ def iter_two_stage(
     0 a A 65
     1 b B 66
     """
-    stream = Stream(ordered, linger)
-    return Outcomes(_job("aiter_two_stage", items, fetch_token, fetch_result, stream=stream, **options))
+    return Outcomes(_job("aiter_two_stage", items, fetch_token, fetch_result, options))
 
 
-class Stream(NamedTuple):
-    """What is said of a stream alone."""
-
-    ordered: bool = False
-    linger: float | None = None
-
-
-def _job(  # noqa: PLR0913 - a job's settings
+def _job(
     instead: str,
     items: Any,  # noqa: ANN401 - an iterable, or an async one
     fetch_token: Callable[[Any], Any] | Stage[Any, Any],
     fetch_result: Callable[[Any], Any] | Stage[Any, Any],
-    *,
-    batch_size: int | Default | None = ONE_ITEM_A_CALL,
-    token_workers: int | Default = DEFAULT_TOKEN_WORKERS,
-    result_workers: int | Default = DEFAULT_RESULT_WORKERS,
-    retry: RetryPolicy | Default = DEFAULT_RETRY,
-    many: bool | Default = ONE_TOKEN_AN_ITEM,
-    key: Callable[[Any], Hashable] | None = None,
-    refresh_token_on: Failures | None = None,
-    max_refreshes: int = 1,
-    return_exceptions: bool = False,
-    window: int | None = None,
-    timeout: float | None = None,
-    max_failures: float | None = None,
-    journal: JournalLike | None = None,
-    shards: Shards | None = None,
-    progress: ProgressLike = False,
-    total: int | None = None,
-    trace: Record | None = None,
-    observer: Observer | Iterable[Observer] | None = None,
-    stream: Stream | None = None,
+    said: dict[str, Any],
     results: list[Any] | None = None,
 ) -> Any:  # noqa: ANN401 - a `Job`, or an `AsyncJob`
-    """Checks what is said and builds a job, which stands in for the function that async code should use."""
-    stages = settled(fetch_token, fetch_result, batch_size, token_workers, result_workers, retry, many=many)
-    options = ItemsOptions(key, refresh_token_on, max_refreshes, window, journal)
-    watching = Watching(progress, total, trace, observer)
-    run_options = RunOptions(return_exceptions, timeout, max_failures, watching, *(stream or Stream()))
-    if shards is not None:
-        return build_sharded(items, *stages, options, run_options, shards, results)
+    """Checks what is said and builds a job, in place of which async code should use the function `instead`."""
+    options = JobOptions.of(said)
+    stages = settled(fetch_token, fetch_result, options)
+    if options.shards is not None:
+        check_shards(options.shards, awaited=not instead)
+        return build_sharded(items, stages, options, results)
     if not instead:
-        return build_async(items, *stages, options, run_options, results)
+        return build_async(items, stages, options, results)
     if any(one.stage.awaits for one in stages):
         _warn_of_loop(instead)
-    return build(items, *stages, options, run_options, results)
+    return build(items, stages, options, results)
+
+
+def _check_list(said: Mapping[str, Any]) -> None:
+    """Checks that there are such options, of a job that fills a list."""
+    check_names(said)
+    for name in OF_STREAMS:
+        if name in said:
+            raise TypeError(f"{name} is given, and is an option of streams; expected it at iter_two_stage")
 
 
 def _show(function: Callable[..., Any], name: str, *but: str) -> None:
-    """Has a function be known by its name, and by what `_job` takes, but for some of it."""
-    taken = {**inspect.signature(_job).parameters, **inspect.signature(iter_two_stage).parameters}
-    shown = [taken[one] for one in taken if one not in ("instead", "results", "stream", "options", *but)]
+    """Has a function be known by its name, and by the options that it takes: all but some."""
+    taken = list(inspect.signature(run_two_stage).parameters.values())[:3]
+    taken += [one for one in inspect.signature(JobOptions).parameters.values() if one.name not in but]
     function.__name__ = function.__qualname__ = name
-    function.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined] # `inspect` looks there first
+    function.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined] # `inspect` looks there first
 
 
 def _warn_of_loop(instead: str) -> None:
@@ -434,8 +413,11 @@ def _awaited(
     _: Callable[Concatenate[Iterable[ItemT], P], list[ResultT]],
 ) -> Callable[Concatenate[Iterable[ItemT] | AsyncIterable[ItemT], P], Coroutine[Any, Any, list[ResultT]]]:
     def run(
-        items: Iterable[ItemT] | AsyncIterable[ItemT], *args: P.args, **options: P.kwargs
-    ) -> Coroutine[Any, Any, list[ResultT]]:
+        items: Any,  # noqa: ANN401 - `_show` says what it takes
+        fetch_token: Any,  # noqa: ANN401
+        fetch_result: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
+    ) -> Coroutine[Any, Any, list[Any]]:
         """Is `run_two_stage` for async code: the caller's event loop goes on meanwhile.
 
         Coroutine functions run on that loop, so that clients made there can be used; plain functions run in
@@ -446,7 +428,8 @@ def _awaited(
             items: An async iterable, which is read by a task on the loop; a list, a tuple or a range; or any
                 other iterable, which is read by a thread of its own: what is bound to its thread, such as a
                 `sqlite3` cursor, has to be made an async iterable.
-            *args: The two functions, or stages.
+            fetch_token: Stage one, as for `run_two_stage`.
+            fetch_result: Stage two.
             **options: What `run_two_stage` takes.
 
         Returns:
@@ -463,14 +446,15 @@ def _awaited(
         >>> asyncio.run(arun_two_stage(["a", "b"], fetch_token, fetch_result))
         [65, 66]
         """
-        results: list[ResultT] = []
-        job: AsyncJob = _job("", items, *args, results=results, **options)  # type: ignore[arg-type]
-        return _to_the_end(job, results)
+        _check_list(options)
+        return _to_the_end(items, fetch_token, fetch_result, options)
 
-    return run  # type: ignore[return-value] # `items` may be given by name as well
+    return run  # type: ignore[return-value] # it takes what its rows take
 
 
-async def _to_the_end(job: AsyncJob, results: list[ResultT]) -> list[ResultT]:
+async def _to_the_end(items: object, fetch_token: Any, fetch_result: Any, said: dict[str, Any]) -> list[Any]:  # noqa: ANN401
+    results: list[Any] = []
+    job: AsyncJob = _job("", items, fetch_token, fetch_result, said, results)
     try:
         await job.advance()  # with a list to fill, no outcome is handed over
         if job.error is not None:
@@ -484,15 +468,16 @@ def _async(
     _: Callable[Concatenate[Iterable[ItemT], P], Outcomes[ItemT, TokenT, ResultT]],
 ) -> Callable[Concatenate[Iterable[ItemT] | AsyncIterable[ItemT], P], AsyncOutcomes[ItemT, TokenT, ResultT]]:
     def iterate(
-        items: Iterable[ItemT] | AsyncIterable[ItemT], *args: P.args, **options: P.kwargs
-    ) -> AsyncOutcomes[ItemT, TokenT, ResultT]:
+        items: Any,  # noqa: ANN401 - as above
+        fetch_token: Any,  # noqa: ANN401
+        fetch_result: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
+    ) -> AsyncOutcomes[Any, Any, Any]:
         """Is `iter_two_stage` for async code: an async iterator, best used in an `async with` block.
 
         Items are as for `arun_two_stage`, and the source is always read beside the consumer.
         """
-        said: dict[str, Any] = options
-        stream = Stream(said.pop("ordered", False), said.pop("linger", None))
-        return AsyncOutcomes(_job("", items, *args, stream=stream, **said))  # type: ignore[arg-type]
+        return AsyncOutcomes(_job("", items, fetch_token, fetch_result, options))
 
     return iterate  # type: ignore[return-value] # as above
 
@@ -500,7 +485,7 @@ def _async(
 arun_two_stage = _awaited(run_two_stage)
 aiter_two_stage = _async(iter_two_stage)
 
-_show(run_two_stage, "run_two_stage", "ordered", "linger")
-_show(arun_two_stage, "arun_two_stage", "ordered", "linger")
+_show(run_two_stage, "run_two_stage", *OF_STREAMS)
+_show(arun_two_stage, "arun_two_stage", *OF_STREAMS)
 _show(aiter_two_stage, "aiter_two_stage")
 _show(iter_two_stage, "iter_two_stage")

@@ -14,7 +14,6 @@ from typing import (
     TypedDict,
     TypeVar,
     Unpack,
-    final,
     overload,
 )
 
@@ -30,6 +29,7 @@ from twostage.base.checks import (
     positive_int,
     positive_seconds,
 )
+from twostage.base.options import DEFAULT_RETRY, ONE_ITEM_A_CALL, ONE_TOKEN_AN_ITEM, Default
 from twostage.base.words import warn
 from twostage.failing.retry import RetryPolicy, check_policy
 from twostage.pace.pace import PATIENCE
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from contextlib import AbstractAsyncContextManager
 
-__all__ = ["Answers", "Default", "Many", "Stage"]
+__all__ = ["Answers", "Many", "Stage"]
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -82,23 +82,7 @@ class Options(TypedDict, total=False):
     attempt_timeout: float | None
 
 
-@final
-class Default:
-    """Stands for an argument that was not given, and says in signatures what that means."""
-
-    __slots__ = ("meaning",)
-
-    def __init__(self, meaning: str) -> None:
-        self.meaning = meaning
-
-    def __repr__(self) -> str:
-        return f"<default: {self.meaning}>"
-
-
-ONE_ITEM_A_CALL = Default("one item a call")
-ONE_TOKEN_AN_ITEM = Default("False")
 WORKERS = Default("4 for stage one, 32 for stage two, 100 for coroutine functions")
-DEFAULT_RETRY = Default("10 attempts if the failure is transient")
 
 
 @dataclass(frozen=True, init=False, eq=False)

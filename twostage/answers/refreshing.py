@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from twostage.answers.many import drop
 from twostage.answers.splits import halves
+from twostage.base.checks import failure_test
 from twostage.base.records import Batch, ListedToken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from twostage.base.options import JobOptions
     from twostage.base.records import Call, Member
     from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
@@ -21,12 +23,27 @@ __all__ = ["Refreshing"]
 
 
 class Refreshing:
-    """Sends items back, each no more than so often."""
+    """Sends items back, each no more than so often.
 
-    def __init__(self, job: Coordinator, most: int) -> None:
-        self._job = job
+    Attributes:
+        wants: Whether a failure of stage two means that the token is no good any more.
+    """
+
+    def __init__(self, wants: Callable[[Exception], bool], most: int) -> None:
+        self.wants = wants
         self._most = most
         self._times: Counter[int] = Counter()  # by the item's index
+
+    @classmethod
+    def of(cls, options: JobOptions) -> Refreshing | None:
+        """Returns what `refresh_token_on` asks for."""
+        if options.refresh_token_on is None:
+            return None
+        return cls(failure_test(options.refresh_token_on, "refresh_token_on"), options.max_refreshes)
+
+    def attach(self, job: Coordinator) -> None:
+        """Is of that job."""
+        self._job = job
         job.send_back = self.send_back
         job.hears.done.append(self._done)
 

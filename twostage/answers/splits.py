@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, cast
 
+from twostage.base.checks import failure_test
 from twostage.base.records import Batch, Halves
 from twostage.failing.clients import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from twostage.base.checks import Failures
     from twostage.base.records import Call
     from twostage.core.coordinator import Coordinator
     from twostage.core.lines import Line
@@ -63,6 +65,13 @@ class Splits:
         self.tainted = False
         self.pieces: set[Batch] = set()
         self.waiting: list[tuple[Batch, Exception]] = []
+
+    @classmethod
+    def of(cls, bisect: bool | Failures) -> Splits | None:  # noqa: FBT001 - a stage's setting, as it was given
+        """Returns what `bisect` asks for."""
+        if bisect is False:
+            return None
+        return cls(refuses_batch if bisect is True else failure_test(bisect, "bisect"))
 
     def attach(self, job: Coordinator, line: Line) -> None:
         """Is of that line, in that job."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
+    from twostage.base.options import JobOptions
     from twostage.base.records import Outcome
     from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
@@ -26,8 +27,13 @@ class Twins:
         self._firsts: dict[Hashable, Outcome[Any, Any, Any]] = {}
         self._waiting: dict[int, list[Outcome[Any, Any, Any]]] = {}  # for each first one that is not done
 
-    def read_for(self, job: Coordinator) -> Callable[[list[AnyOutcome], Any], list[AnyOutcome]]:
-        """Returns what takes items that were read, and gives those that are new."""
+    @classmethod
+    def of(cls, options: JobOptions) -> Twins | None:
+        """Returns what is needed if items have keys."""
+        return None if options.key is None and options.journal is None else cls()
+
+    def sorts_out(self, job: Coordinator) -> None:
+        """Has items that are read be asked for once for each key."""
 
         def read(outcomes: list[AnyOutcome], keys: Sequence[Hashable] | None) -> list[AnyOutcome]:
             if keys is None:
@@ -37,16 +43,16 @@ class Twins:
                 job.hand_over(twin)
             return new
 
-        return read
+        job.hears.read.append(read)
 
-    def done_for(self, job: Coordinator) -> Callable[[AnyOutcome], None]:
-        """Returns what hands the others over when the first one is done."""
+    def hands_over(self, job: Coordinator) -> None:
+        """Has those that wait for an equal item be done when that one is."""
 
         def done(first: AnyOutcome) -> None:
             for twin in self.done(first):
                 job.hand_over(twin)
 
-        return done
+        job.hears.done.append(done)
 
     def sort(
         self, outcomes: Iterable[Outcome[Any, Any, Any]], keys: Sequence[Hashable]

@@ -119,7 +119,7 @@ class Coordinator:
         handing: HandOver,
         return_exceptions: bool,
         last_first: bool = False,
-        timeout: float = math.inf,
+        timeout: float | None = None,
     ) -> None:
         self.lines = lines
         self.order = lines[::-1] if last_first else lines
@@ -127,7 +127,7 @@ class Coordinator:
         self.reading = reading
         self.handing = handing
         self.return_exceptions = return_exceptions
-        self.timeout = timeout
+        self.timeout = math.inf if timeout is None else timeout
         self.hears = Hears()
         self.delayed: list[tuple[float, int, Line, Call]] = []  # a heap by due time
         self._tie = count()  # equal due times must not compare calls
@@ -338,8 +338,8 @@ class Coordinator:
             if isinstance(verdict, Answer):
                 answered += members
                 answers.append(verdict.value)
-                for hear in self.hears.given if verdict.given else ():
-                    hear(members)
+                if verdict.given:
+                    self._hear_of_given(members)
             elif self.ending:
                 continue
             elif isinstance(verdict, Fail):
@@ -347,14 +347,23 @@ class Coordinator:
             elif isinstance(verdict, Late):
                 failed.append((members, Fail(verdict.failure or self.time_out(), may_pass=True)))
             elif isinstance(verdict, Retry):
-                for tell in self.hears.retries:
-                    tell(line, members, error, attempt, verdict.due)
+                self._tell_of_retry(line, members, error, attempt, verdict.due)
                 self._delay(line, call, members, verdict.due)
             elif self.send_back is not None:
                 self.send_back(line, call, members, verdict.error)
         if failed:
             self._fail_or_split(line, call, failed)  # last, as it may be the job's end
         return answered, answers
+
+    def _tell_of_retry(
+        self, line: Line, members: Sequence[Any], error: Exception | None, attempt: int, due: float
+    ) -> None:
+        for tell in self.hears.retries:
+            tell(line, members, error, attempt, due)
+
+    def _hear_of_given(self, members: Sequence[Any]) -> None:
+        for hear in self.hears.given:
+            hear(members)
 
     def _fail_or_split(self, line: Line, call: Call, failed: Sequence[tuple[Sequence[Any], Fail]]) -> None:
         for members, fail in failed:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from twostage.base.checks import positive_int
 from twostage.base.words import brief
 from twostage.errors import TooManyFailures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from twostage.base.options import JobOptions
     from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
 
-__all__ = ["FailureLimit"]
+__all__ = ["FailureLimit", "failure_of"]
 
 RECENT = 100
 LEAST_RECENT = 20
@@ -36,18 +36,41 @@ class FailureLimit:
         self._last: tuple[Exception, object] | None = None  # and its item
         self._recent: deque[bool] | None = deque(maxlen=RECENT) if most < 1 else None
 
-    def ends(self, job: Coordinator) -> Callable[[AnyOutcome], None]:
-        """Returns what hears of outcomes and ends a job."""
+    @classmethod
+    def of(cls, options: JobOptions, *, many: bool) -> FailureLimit | None:
+        """Returns what `max_failures` asks for.
+
+        Raises:
+            TypeError: It is no number, or failures are not wanted at all.
+            ValueError: It is below 1, and no share.
+        """
+        most: object = options.max_failures
+        if most is None:
+            return None
+        if not options.return_exceptions:
+            raise TypeError(
+                "max_failures is given without return_exceptions=True, so that the first failure ends the job"
+            )
+        if not isinstance(most, float):
+            return cls(positive_int(most, "max_failures"), many=many)
+        if not 0 < most < 1:
+            raise ValueError(
+                f"max_failures is {most}; expected a number of failures, or a share between 0 and 1"
+            )
+        return cls(most, many=many)
+
+    def attach(self, job: Coordinator) -> None:
+        """Has the job end when it is passed."""
 
         def done(outcome: AnyOutcome) -> None:
             if (error := self.passed(outcome)) is not None:
                 job.end(error)
 
-        return done
+        job.hears.done.append(done)
 
     def passed(self, outcome: AnyOutcome) -> TooManyFailures | None:
         """Hears of an outcome; returns what ends the job if it is one failure too many."""
-        failure = self._failure(outcome)
+        failure = failure_of(outcome, many=self._many)
         self._failures += failure is not None
         if failure is not None:
             self._last = failure, outcome.item
@@ -69,7 +92,9 @@ class FailureLimit:
         error.__cause__ = last
         return error
 
-    def _failure(self, outcome: AnyOutcome) -> Exception | None:
-        if outcome.exception is not None or not self._many:
-            return outcome.exception
-        return next((one for one in outcome.result if isinstance(one, Exception)), None)
+
+def failure_of(outcome: AnyOutcome, *, many: bool) -> Exception | None:
+    """Returns an item's failure, also that of one of its tokens if it has `many`."""
+    if outcome.exception is not None or not many:
+        return outcome.exception
+    return next((one for one in outcome.result if isinstance(one, Exception)), None)

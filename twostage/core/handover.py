@@ -11,6 +11,8 @@ from twostage.errors import TooManyFailures
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from twostage.base.options import JobOptions
+
 
 __all__ = ["AnyOutcome", "HandOver"]
 
@@ -80,6 +82,19 @@ class HandOver:
         while (following := self._held.pop(self._next_index, None)) is not None:
             self._release(following)
             self._next_index += 1
+
+    @classmethod
+    def of(
+        cls,
+        options: JobOptions,
+        results: list[Any] | None,
+        *,
+        forget: Callable[[int], None] | None,
+        many: bool,
+    ) -> HandOver:
+        """Returns what hands over as it was asked for."""
+        whole = options.max_failures is not None
+        return cls(results=results, whole=whole, ordered=options.ordered, forget=forget, many=many)
 
     def expect(self, items: int) -> None:
         """Hears of items that were read: the list has a place for each."""

@@ -29,8 +29,8 @@ class Reading:
         left: Whether it is not, though it may have had more.
     """
 
-    def __init__(self, size: int, window: int, handing: HandOver, linger: float = math.inf) -> None:
-        self._linger = linger
+    def __init__(self, size: int, window: int, handing: HandOver, linger: float | None = None) -> None:
+        self._linger = math.inf if linger is None else linger
         self.size = size
         self.window = window
         self.number = 0

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable, Sized
+from typing import TYPE_CHECKING, Any
 
-from twostage.observing.events import JobEnded, Progress, RetryDue
+from twostage.base.checks import positive_int
+from twostage.base.words import brief
+from twostage.observing.bar import shower
+from twostage.observing.events import (
+    JobBegan,
+    JobEnded,
+    Listeners,
+    Observer,
+    Progress,
+    RetryDue,
+    StageSettings,
+)
+from twostage.observing.log import Log
+from twostage.pace.rates import rates_of
+from twostage.running.processes import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from twostage.base.options import JobOptions
     from twostage.base.records import Call, Member
     from twostage.core.coordinator import Coordinator, Message
     from twostage.core.handover import AnyOutcome
     from twostage.core.lines import Line
-    from twostage.observing.events import JobBegan, Listeners
+    from twostage.job.stages import Settings
 
-__all__ = ["Telling"]
+__all__ = ["Telling", "began", "listeners_of"]
 
 
 class Telling:
@@ -91,3 +108,51 @@ class Telling:
         if not held and job.in_progress >= job.bound and not job.at_work:
             held = ["the consumer is away"]
         return "; ".join(held)
+
+
+def listeners_of(options: JobOptions, items: object) -> Listeners:
+    """Returns who is to hear of what happens.
+
+    Raises:
+        TypeError: Somebody of them can't.
+        ValueError: `total` is below 1.
+    """
+    total, trace, observer = options.total, options.trace, options.observer
+    if total:
+        total = positive_int(total, "total")
+    elif total is None and (options.progress is not False or type(items) in (list, tuple, range)):
+        # What may be slow, as a query's, is not asked for nothing.
+        total = len(items) if isinstance(items, Sized) else None
+    if trace is not None and not isinstance(trace, Observer):
+        raise TypeError(f"trace is {brief(trace)}; expected a Trace, or None")
+    given: list[Any] = [] if observer is None else [observer]
+    if isinstance(observer, Iterable) and not isinstance(observer, Observer):
+        given = list(observer)
+    for one in given:
+        if not isinstance(one, Observer):
+            raise TypeError(f"observer is {brief(observer)}; expected an Observer, or several")
+    own = (Log(), trace, shower(options.progress))
+    return Listeners([*(one for one in own if one is not None), *given], total=total)
+
+
+def began(stages: tuple[Settings, Settings], window: int, total: int | None) -> Callable[[float], JobBegan]:
+    """Returns what makes the first event of a job."""
+    first, second = stages
+    told = _told(first), _told(second)
+    return lambda clock: JobBegan(time.time(), clock, total, told, first.many, window)
+
+
+def _told(settings: Settings) -> StageSettings:
+    stage = settings.stage
+    rates = rates_of(stage.rate, "rate")
+    return StageSettings(
+        name_of(stage.fetch),
+        settings.workers,
+        settings.batch_size,
+        tuple((rate.limit, rate.per) for rate in rates),
+        any(rate.cost is not None for rate in rates),
+        stage.pause,
+        stage.adaptive,
+        stage.patience,
+        stage.attempt_timeout,
+    )

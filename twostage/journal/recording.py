@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twostage.base.words import without_our_frames
+from twostage.journal.journal import Journal
+from twostage.journal.rows import Identity
+from twostage.running.processes import name_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from twostage.base.options import JobOptions
     from twostage.core.coordinator import Coordinator, Message
     from twostage.core.handover import AnyOutcome
     from twostage.journal.recorder import Recorder
 
-__all__ = ["Recording"]
+__all__ = ["Recording", "identity_of", "journal_of", "recorder_for"]
 
 log = logging.getLogger("twostage")
 
@@ -71,3 +77,22 @@ class Recording:
     def _close(self, message: Message | None) -> None:
         if message is not None and message.ended:
             self._recorder.close()
+
+
+def journal_of(options: JobOptions) -> Journal:
+    """Returns the journal that was given, if only as its path."""
+    journal = options.journal
+    return journal if isinstance(journal, Journal) else Journal(journal)
+
+
+def identity_of(journal: Journal, fetch_token: object, fetch_result: object, *, many: bool) -> Identity:
+    """Returns whose answers a job's journal holds."""
+    job = journal.job or f"{name_of(fetch_token)}, {name_of(fetch_result)}"
+    return Identity(job, journal.version_text, int(many), int(journal.encode is not None))
+
+
+def recorder_for(journal: Journal, identity: Identity, keys: Mapping[int, Any]) -> Recorder:
+    """Returns what keeps a job's answers in its journal."""
+    from twostage.journal.recorder import Recorder  # noqa: PLC0415 - for some Pythons, SQLite is an extra
+
+    return Recorder(journal, identity, keys)

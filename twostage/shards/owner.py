@@ -12,31 +12,25 @@ from tenacity import Retrying
 
 from twostage.answers.splits import Splits
 from twostage.answers.twins import Twins
-from twostage.base.checks import positive_int, seconds_or_never
+from twostage.base.checks import positive_int
+from twostage.base.options import JobOptions
 from twostage.base.runner import Work
 from twostage.base.words import brief, warn
 from twostage.core.coordinator import Coordinator
+from twostage.core.failures import FailureLimit
 from twostage.core.handover import HandOver
 from twostage.core.lines import Line
 from twostage.core.reading import Reading
 from twostage.errors import RunTimeout, TooManyFailures
 from twostage.failing.retry import Answer, Fail, Judge, Retry, repeats
-from twostage.job.building import (
-    began,
-    check_not_held,
-    failure_limit_of,
-    identity_of,
-    job_of,
-    journal_of,
-    listeners_for,
-    parts_of,
-    recorder_for,
-    variables_for,
-)
+from twostage.job.building import job_of, parts_of
 from twostage.job.driver import world
+from twostage.job.telling import began, listeners_of
+from twostage.journal.recording import identity_of, journal_of, recorder_for
 from twostage.pace.pace import Pace
 from twostage.pace.rates import rates_of
 from twostage.running.async_executor import AsyncExecutor
+from twostage.running.holding import check_not_held, variables_for
 from twostage.running.processes import is_dask, kinds_of, name_of, why_not
 from twostage.shards.shard import Shard, ShardAnswer, ShardItems
 
@@ -47,8 +41,8 @@ if TYPE_CHECKING:
     from twostage.base.records import Batch, Call
     from twostage.failing.retry import End as AttemptEnd
     from twostage.failing.retry import Verdict
-    from twostage.job.building import ItemsOptions, RunOptions, Settings
     from twostage.job.outcomes import Job
+    from twostage.job.stages import Settings
     from twostage.journal.journal import Journal
     from twostage.journal.recorder import Recorder
     from twostage.journal.rows import Identity
@@ -56,7 +50,7 @@ if TYPE_CHECKING:
     from twostage.pace.rates import Rates
     from twostage.shards.shard import End
 
-__all__ = ["Shards", "build_sharded"]
+__all__ = ["Shards", "build_sharded", "check_shards"]
 
 # Ends of a worker's life that an engine blames on what ran there.
 KILLED = {("distributed", "KilledWorker"), ("ray", "WorkerCrashedError"), ("ray", "OutOfMemoryError")}
@@ -215,61 +209,67 @@ def _splits(error: Exception) -> bool:
     return _kills(error) or type(error) is ValueError
 
 
+def check_shards(shards: object, *, awaited: bool) -> None:
+    """Checks that a job can be made of shards.
+
+    Raises:
+        TypeError: They are none, or the job is one of async code.
+    """
+    if not isinstance(shards, Shards):
+        raise TypeError(f"shards is {brief(shards)}; expected Shards(executor), or None")
+    if awaited:
+        raise TypeError(
+            "shards is given, and can't be awaited; expected run_two_stage or iter_two_stage, in async code "
+            "by asyncio.to_thread"
+        )
+
+
 def build_sharded(
     items: Iterable[Any],
-    first: Settings,
-    second: Settings,
-    items_options: ItemsOptions,
-    run_options: RunOptions,
-    sharding: Shards,
+    stages: tuple[Settings, Settings],
+    options: JobOptions,
     results: list[Any] | None = None,
 ) -> Job:
     """Checks what is left to check, and builds a job of shards of which nothing runs yet."""
-    executor, at_once, size = sharding.executor, sharding.at_once, sharding.size
+    executor, at_once, size = options.shards.executor, options.shards.at_once, options.shards.size
+    first, second = stages
     check_not_held(executor, "executor")
-    for settings in (first, second):
+    for settings in stages:
         _check_stage(settings, executor)
-    if run_options.watching.trace is not None:
+    if options.trace is not None:
         raise TypeError(
             "trace is given, and a Trace is one machine's; expected None, or an observer, which hears of the "
             "attempts of all shards"
         )
-    key, refresh_token_on, max_refreshes, window, journal = items_options
-    window = at_once * size if window is None else positive_int(window, "window")
+    window = options.window or at_once * size
     if window < size:
         raise ValueError(f"window is {window}; expected at least the size of a shard, {size}")
-    failure_limit = failure_limit_of(run_options, many=first.many)
-    listeners = listeners_for(items, run_options.watching)
+    limit = FailureLimit.of(options, many=first.many)
+    listeners = listeners_of(options, items)
     recorded: tuple[Journal, Identity] | None = None
-    if journal is not None:
-        journal = journal_of(journal)
-        recorded = journal, identity_of(journal, first, second)
+    if options.journal is not None:
+        journal = journal_of(options)
+        recorded = journal, identity_of(journal, first.stage.fetch, second.stage.fetch, many=first.many)
     shard = Shard(
-        _shared(first, at_once),
-        _shared(second, at_once),
-        refresh_token_on,
-        max_refreshes,
-        run_options.max_failures,
-        run_options.return_exceptions,
+        (_shared(first, at_once), _shared(second, at_once)),
+        JobOptions(
+            refresh_token_on=options.refresh_token_on,
+            max_refreshes=options.max_refreshes,
+            max_failures=options.max_failures,
+            return_exceptions=options.return_exceptions,
+        ),
         recorded,
         bool(listeners.attempt_ended),
     )
     shard.job(ShardItems())  # which sees what is wrong with the rest
     _check_travels(shard, executor)
     _warn_of_deadlock(executor)
-    twins = None if key is None and recorded is None else Twins()
-    recorder = None
+    twins, recorder = Twins.of(options), None
     if recorded is not None and twins is not None:
         # Items go on from where they were in no other place, so that recorded tokens are none to go on with.
-        recorder = recorder_for(replace(recorded[0], token_ttl=1e-9), recorded[1], twins)
+        recorder = recorder_for(replace(recorded[0], token_ttl=1e-9), recorded[1], twins.keys)
     driver = world.get()()
-    handing = HandOver(
-        results=results,
-        whole=failure_limit is not None,
-        ordered=run_options.ordered,
-        forget=None if twins is None else twins.forget,
-        many=False,
-    )
+    handing = HandOver.of(options, results, forget=None if twins is None else twins.forget, many=False)
     splits = Splits(_splits)
     line = Line(
         1,
@@ -282,23 +282,21 @@ def build_sharded(
         splits=splits,
     )
     line.name = "a shard"
-    linger = seconds_or_never(run_options.linger, "linger")
     owner = Coordinator(
         line,
         bound=window,
-        reading=Reading(size, window, handing, linger),
+        reading=Reading(size, window, handing, options.linger),
         handing=handing,
-        return_exceptions=run_options.return_exceptions,
-        timeout=seconds_or_never(run_options.timeout, "timeout"),
+        return_exceptions=options.return_exceptions,
+        timeout=options.timeout,
     )
     splits.attach(owner, line)
-    begins = began(first, second, window, listeners.total)
-    parts_of(owner, listeners, begins, twins, recorder, failure_limit, many=False)
+    parts_of(owner, listeners, began(stages, window, listeners.total), twins, recorder, limit, many=False)
     ends = ShardEnds(owner, line, listeners, twins, recorder, time.time() - driver.clock())
     line.runner = driver.runner(
         Work(line.name, shard.run, ends.items_of, ends.ended, at_once, variables_for(executor), executor)
     )
-    return job_of(items, first, second, items_options, run_options, driver, owner)
+    return job_of(items, options, driver, owner)
 
 
 def _check_stage(settings: Settings, executor: Executor) -> None:
@@ -355,11 +353,12 @@ def _check_travels(shard: Shard, executor: Executor) -> None:
     if error is None:
         return
     journal = None if shard.journal is None else shard.journal[0]
-    parts: dict[str, object] = {"refresh_token_on": shard.refresh_token_on}
-    for name, stage, _, _, retry, _ in (shard.first, shard.second):
+    parts: dict[str, object] = {"refresh_token_on": shard.options.refresh_token_on}
+    for settings in shard.stages:
+        name, stage = settings.name, settings.stage
         parts |= {
             name: stage.fetch,
-            f"retry of {name}": retry,
+            f"retry of {name}": settings.retry,
             f"context of {name}'s Stage": stage.context,
             f"bisect of {name}'s Stage": stage.bisect,
             f"rate of {name}'s Stage": stage.rate,

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twostage.base.words import without_our_frames
+from twostage.core.failures import failure_of
 from twostage.errors import RunTimeout
-from twostage.job.building import ItemsOptions, RunOptions, Settings, Watching, build
+from twostage.job.building import build
 from twostage.job.outcomes import Outcomes
 from twostage.observing.events import Listeners, Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from twostage.base.checks import Failures
+    from twostage.base.options import JobOptions
     from twostage.core.handover import AnyOutcome
     from twostage.job.outcomes import Job
+    from twostage.job.stages import Settings
     from twostage.journal.journal import Journal
     from twostage.journal.recorder import Recorder, Rows
     from twostage.journal.rows import Identity
@@ -78,22 +81,14 @@ class Shard(NamedTuple):
     """How each shard's job runs.
 
     Attributes:
-        first: Stage one.
-        second: Stage two.
-        refresh_token_on: As it was given.
-        max_refreshes: As it was given.
-        max_failures: As it was given.
-        return_exceptions: Off, the first failure ends the shard's job, as it does the whole one.
+        stages: The two.
+        options: Those of the whole job that hold in each shard too.
         journal: What was said of it, and of whose answers it is, if there is one.
         observed: Whether each attempt is to be told of.
     """
 
-    first: Settings
-    second: Settings
-    refresh_token_on: Failures | None
-    max_refreshes: int
-    max_failures: float | None
-    return_exceptions: bool
+    stages: tuple[Settings, Settings]
+    options: JobOptions
     journal: tuple[Journal, Identity] | None
     observed: bool
 
@@ -106,27 +101,23 @@ class Shard(NamedTuple):
             listeners.attempt_ended = []
         recorder = self._recorder(items)
         job = self.job(items, listeners, recorder)
+        wanted = self.options.return_exceptions
+        many = self.stages[0].many and not wanted  # else one of many tokens may fail alone
         ends: list[End | None] = [None] * len(items)
         error: Exception | None = None
         try:
             with Outcomes[Any, Any, Any](job) as outcomes:
                 for outcome in outcomes:
-                    failure = self._failure(outcome)
+                    failure = failure_of(outcome, many=many)
                     ends[outcome.index] = _end(outcome, failure)
                     ends_all = failure is not None and not isinstance(failure, RunTimeout)
-                    if is_cancelled() or (ends_all and not self.return_exceptions):
+                    if is_cancelled() or (ends_all and not wanted):
                         break
         except Exception as ending:  # noqa: BLE001 - it ends the whole job, after the outcomes that are there
             error = without_our_frames(ending)
         if recorder is None:
             return ShardAnswer(ends, error, [], set(), heard)
         return ShardAnswer(ends, error, recorder.lots, recorder.partial, heard)
-
-    def _failure(self, outcome: AnyOutcome) -> Exception | None:
-        """Returns an item's failure; if failures are not wanted, also that of one of its many tokens."""
-        if outcome.exception is not None or self.return_exceptions or not self.first.many:
-            return outcome.exception
-        return next((one for one in outcome.result if isinstance(one, Exception)), None)
 
     def job(
         self, items: ShardItems, listeners: Listeners | None = None, recorder: Recorder | None = None
@@ -138,20 +129,8 @@ class Shard(NamedTuple):
             ValueError: One is out of range.
         """
         timeout = None if items.timeout == math.inf else items.timeout
-        return build(
-            items,
-            self.first,
-            self.second,
-            ItemsOptions(None, self.refresh_token_on, self.max_refreshes, window=None, journal=None),
-            RunOptions(
-                return_exceptions=True,
-                timeout=timeout,
-                max_failures=self.max_failures,
-                watching=Watching(progress=False, total=None, trace=None, observer=None),
-            ),
-            listeners=listeners,
-            recorder=recorder,
-        )
+        options = replace(self.options, return_exceptions=True, timeout=timeout)
+        return build(items, self.stages, options, listeners=listeners, recorder=recorder)
 
     def _recorder(self, items: ShardItems) -> RowsKeeper | None:
         if self.journal is None:

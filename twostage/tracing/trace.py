@@ -16,9 +16,6 @@ from twostage.failing.throttling import retry_after
 from twostage.failing.transient import kind_of
 from twostage.observing.events import HeldBack, JobBegan, JobEnded, settings_of
 from twostage.observing.record import ATTEMPTS, Ending, Record
-from twostage.tracing import foresee, perfetto
-from twostage.tracing import plot as trace_plot
-from twostage.tracing import summary as trace_summary
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -135,7 +132,9 @@ class Trace(Record):
         Raises:
             ValueError: No job was traced to its end, or it made no attempt.
         """
-        return trace_summary.summary(self)
+        from twostage.tracing.summary import summary  # noqa: PLC0415 - jobs need none of it
+
+        return summary(self)
 
     def efficiency(self) -> float:
         """Returns how near the job came to the least time that any schedule takes for what the API did.
@@ -149,7 +148,9 @@ class Trace(Record):
         Raises:
             ValueError: No job was traced to its end, it made no attempt, or not all of them were recorded.
         """
-        return trace_summary.efficiency(self)
+        from twostage.tracing.summary import efficiency  # noqa: PLC0415 - as above
+
+        return efficiency(self)
 
     def what_if(self, **changes: Unpack[Changes]) -> Foresight:
         """Returns how long the job would take with other settings.
@@ -167,7 +168,9 @@ class Trace(Record):
                 API has asked to slow down, and more calls at once are asked about.
             TypeError: A setting is of the wrong kind.
         """
-        return foresee.what_if(self, **changes)
+        from twostage.tracing.foresee import what_if  # noqa: PLC0415 - as above
+
+        return what_if(self, **changes)
 
     def foretell(self, items: int, **changes: Unpack[Changes]) -> Foresight:
         """Returns how long a job for so many items will take: the trace is one of a trial for fewer.
@@ -180,7 +183,9 @@ class Trace(Record):
             ValueError: As from `what_if`.
             TypeError: As from `what_if`.
         """
-        return foresee.what_if(self, items=items, **changes)
+        from twostage.tracing.foresee import what_if  # noqa: PLC0415 - as above
+
+        return what_if(self, items=items, **changes)
 
     # --- what it draws and writes
 
@@ -197,7 +202,9 @@ class Trace(Record):
             ValueError: No job was traced to its end, or it made no attempt.
             ImportError: matplotlib is not there: `pip install 'twostage[plot]'`.
         """
-        return trace_plot.plot(self, path)
+        from twostage.tracing.plot import plot  # noqa: PLC0415 - as above
+
+        return plot(self, path)
 
     def to_perfetto(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that https://ui.perfetto.dev opens, and chrome://tracing.
@@ -205,7 +212,9 @@ class Trace(Record):
         Raises:
             ValueError: No job was traced to its end.
         """
-        _write(path, perfetto.events_of(self))
+        from twostage.tracing.perfetto import events_of  # noqa: PLC0415 - as above
+
+        _write(path, events_of(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the trace to a file as JSON, that its owner alone can read.
