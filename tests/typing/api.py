@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Self, assert_type
+from typing import TYPE_CHECKING, Any, Self, assert_type
 
 from tenacity import AsyncRetrying, Retrying, stop_after_attempt
 
@@ -177,8 +177,12 @@ def stages(executor: Executor, policy: Retrying) -> None:
 
 
 def stages_of_lambdas() -> tuple[Stage[int, str], Stage[int, str]]:
-    single: Stage[int, str] = Stage(lambda item: str(item + 1), workers=2)
-    batch: Stage[int, str] = Stage(lambda batch: [str(item + 1) for item in batch], batch_size=2)
+    # pyright does not look at the declared type for the lambda's argument.
+    single: Stage[int, str] = Stage(lambda item: str(item + 1), workers=2)  # pyright: ignore[reportOperatorIssue]
+    batch: Stage[int, str] = Stage(
+        lambda batch: [str(item + 1) for item in batch],  # pyright: ignore[reportOperatorIssue]
+        batch_size=2,
+    )
     return single, batch
 
 
@@ -361,6 +365,93 @@ def others(error: BatchLengthError) -> None:
     assert_type(error.expected, int)
     assert_type(error.returned, int)
     assert_type(is_transient(error), bool)
+
+
+# --- functions that say nothing of what they return, as those without annotations and of most clients
+
+
+def fetch_anything(item: int) -> Any:  # noqa: ANN401 - as JSON is
+    raise NotImplementedError
+
+
+def fetch_all_of_anything(items: list[int]) -> Any:  # noqa: ANN401
+    raise NotImplementedError
+
+
+async def fetch_anything_later(item: int) -> Any:  # noqa: ANN401
+    raise NotImplementedError
+
+
+def report_on_anything(token: Any) -> Report:  # noqa: ANN401
+    raise NotImplementedError
+
+
+def anything_of_a_token(token: Token) -> Any:  # noqa: ANN401
+    raise NotImplementedError
+
+
+async def anything_of_a_token_later(token: Token) -> Any:  # noqa: ANN401
+    raise NotImplementedError
+
+
+def any_at_either_stage(ids: list[int]) -> None:
+    """Where rows of different results match, mypy says no more than `Any`, and pyright takes the first."""
+    assert_type(run_two_stage(ids, fetch_anything, fetch_report), list[Report])
+    assert_type(run_two_stage(ids, fetch_anything, report_on_anything), list[Report])
+    assert_type(run_two_stage(ids, fetch_anything_later, fetch_report), list[Report])
+    assert_type(run_two_stage(ids, fetch_anything, fetch_report_later), list[Any])  # pyright: ignore[reportAssertTypeFailure]
+    assert_type(run_two_stage(ids, fetch_all_of_anything, fetch_report, batch_size=9), list[Report])
+    assert_type(run_two_stage(ids, Stage(fetch_anything), fetch_report), list[Any])  # pyright: ignore[reportAssertTypeFailure]
+    assert_type(run_two_stage(ids, fetch_token, anything_of_a_token), list[Any])
+    assert_type(run_two_stage(ids, fetch_token, anything_of_a_token_later), list[Any])
+    assert_type(run_two_stage(ids, fetch_tokens, anything_of_a_token, batch_size=9), list[Any])
+    assert_type(run_two_stage(ids, fetch_token, Stage(anything_of_a_token)), list[Any])
+    assert_type(iter_two_stage(ids, fetch_token, anything_of_a_token), Outcomes[int, Token, Any])
+
+
+async def any_in_async_code(ids: list[int]) -> None:
+    assert_type(await arun_two_stage(ids, fetch_anything_later, fetch_report), list[Report])
+    assert_type(await arun_two_stage(ids, fetch_token, anything_of_a_token_later), Any)  # pyright: ignore[reportAssertTypeFailure]
+
+
+# --- each function with lambdas in each place, and with each kind of stage
+
+
+async def lambdas_everywhere(ids: list[int]) -> None:
+    assert_type(iter_two_stage(ids, lambda item: str(item + 1), len), Outcomes[int, str, int])
+    assert_type(iter_two_stage(ids, str, lambda token: len(token.upper())), Outcomes[int, str, int])
+    assert_type(
+        iter_two_stage(ids, lambda batch: [str(item + 1) for item in batch], len, batch_size=2),
+        Outcomes[int, str, int],
+    )
+    assert_type(await arun_two_stage(ids, lambda item: str(item + 1), lambda token: len(token)), list[int])  # noqa: PLW0108
+    assert_type(
+        await arun_two_stage(ids, lambda batch: [str(item + 1) for item in batch], len, batch_size=2),
+        list[int],
+    )
+    assert_type(aiter_two_stage(ids, lambda item: str(item + 1), len), AsyncOutcomes[int, str, int])
+    assert_type(
+        run_two_stage(ids, lambda item: [item, item + 1], lambda token: str(token + 1), many=True),
+        list[list[str]],
+    )
+
+
+async def each_function_with_each_kind_of_stage(ids: list[int]) -> None:
+    one, batch, second = Stage(fetch_token), Stage(fetch_tokens, batch_size=9), Stage(fetch_report)
+    later, with_client = Stage(fetch_later), Stage(fetch_all_by, batch_size=9, context=Client)
+    assert_type(iter_two_stage(ids, one, second), Outcomes[int, Token, Report])
+    assert_type(iter_two_stage(ids, batch, second), Outcomes[int, Token, Report])
+    assert_type(iter_two_stage(ids, later, second), Outcomes[int, Token, Report])
+    assert_type(iter_two_stage(ids, with_client, fetch_report_later), Outcomes[int, Token, Report])
+    assert_type(iter_two_stage(ids, fetch_tokens, second, batch_size=9), Outcomes[int, Token, Report])
+    assert_type(await arun_two_stage(ids, one, second), list[Report])
+    assert_type(await arun_two_stage(ids, batch, second), list[Report])
+    assert_type(await arun_two_stage(ids, later, fetch_report), list[Report])
+    assert_type(await arun_two_stage(ids, with_client, second), list[Report])
+    assert_type(aiter_two_stage(ids, one, second), AsyncOutcomes[int, Token, Report])
+    assert_type(aiter_two_stage(ids, batch, fetch_report), AsyncOutcomes[int, Token, Report])
+    assert_type(aiter_two_stage(ids, later, fetch_report_later), AsyncOutcomes[int, Token, Report])
+    assert_type(aiter_two_stage(ids, with_client, second), AsyncOutcomes[int, Token, Report])
 
 
 # --- what has to be refused
