@@ -14,7 +14,9 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from contract import check, drawn_plan
 
 

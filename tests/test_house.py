@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from scripts import ran
 
 import twostage
 
@@ -91,8 +91,7 @@ def test_what_a_plain_job_does_not_need_is_not_imported() -> None:
     code = (
         "import sys, twostage; print(*sorted(name for name in sys.modules if name.startswith('twostage.')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - ours
-    loaded = set(done.stdout.split())
+    loaded = set(ran(code).stdout.split())
     assert {name for name in loaded if name.startswith("twostage.tracing.")} == {"twostage.tracing.trace"}
     assert not {name for name in loaded if name.startswith(("twostage.testing", "twostage.demo"))}
     assert not {"twostage.journal.recorder", "twostage.journal.file", "twostage.shards.rows"} & loaded

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from distributed import Client, LocalCluster
-from in_shards import iterate_in_shards, run_in_shards
+
+from twostage import Shards, iter_two_stage, run_two_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ def fetch_result(token: int) -> int:
 
 def throughput(items: int) -> None:
     """Prints how many items a second one, two and four workers bring."""
-    settings: dict[str, Any] = {"batch_size": 100, "result_workers": 32, "size": SIZE}
+    settings: dict[str, Any] = {"batch_size": 100, "result_workers": 32}
     first = 0.0
     for workers in (1, 2, 4):
         with (
@@ -49,11 +50,10 @@ def throughput(items: int) -> None:
             Client(cluster) as client,
         ):
             job = partial(
-                run_in_shards,
+                run_two_stage,
                 fetch_token=fetch_tokens,
                 fetch_result=fetch_result,
-                executor=client.get_executor(pure=False),
-                at_once=workers + 1,
+                shards=Shards(client.get_executor(pure=False), workers + 1, SIZE),
                 **settings,
             )
             job(range(workers * 50))  # the workers import what they need
@@ -99,9 +99,8 @@ def owner(items: int) -> None:
             executor = Canned()
             gc.collect()
             began = time.process_time()
-            with iterate_in_shards(
-                range(items), token_at_once, result_at_once, executor=executor, at_once=8, size=size
-            ) as outcomes:
+            shards = Shards(executor, at_once=8, size=size)
+            with iter_two_stage(range(items), token_at_once, result_at_once, shards=shards) as outcomes:
                 assert sum(1 for _ in outcomes) == items
             took.append(time.process_time() - began)
         cost = median(took) / items

@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, suppress
 from functools import partial
-from textwrap import dedent
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from away import die_at, double, fail_until_the_end
 from common import PATIENCE, iterate, iterate_in_order, needs_clients, run
 from pools_of_processes import PROCESSES, new_pool
+from scripts import ran, running
 
 from twostage import Stage, run_two_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import subprocess
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from common import Run
@@ -74,23 +73,8 @@ def test_pool_that_has_ended_before_the_job_is_an_error_and_the_source_is_closed
 # --- fork
 
 
-@contextmanager
-def script(folder: Path, text: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Runs a script, as a file, since other processes import it, and in a group that can be interrupted."""
-    path = folder / "script.py"
-    path.write_text(dedent(text))
-    with subprocess.Popen(  # noqa: S603 - a script of this file
-        [sys.executable, *options, path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):  # there is nobody left, unless the test has failed
-                os.killpg(process.pid, signal.SIGKILL)
+def script(folder: Path, text: str, *options: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return running(text, options=options, file=folder / "script.py")
 
 
 FORK: Final = """
@@ -152,8 +136,7 @@ def test_other_ways_to_start_a_process_are_not_warned_of(kind: str) -> None:
 
 def test_importing_the_library_imports_nothing_of_processes() -> None:
     code = "import sys, twostage; print([name for name in sys.modules if 'multiprocessing' in name])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - as above
-    assert done.stdout == "[]\n"
+    assert ran(code).stdout == "[]\n"
 
 
 # --- Ctrl-C

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tenacity
 from common import needs_clients
+from scripts import ran
 
 import twostage.__main__ as demonstration
 from twostage import run_two_stage
@@ -563,8 +564,7 @@ import sys, twostage.__main__ as demonstration
 demonstration.in_batches = lambda client, items, options: []
 sys.exit(demonstration.main(["--items", "5", "--faults", "0"]))
 """
-    line = [sys.executable, "-c", script]
-    ended = subprocess.run(line, capture_output=True, text=True, check=False, timeout=50)  # noqa: S603 - our own
+    ended = ran(script, patience=50)
     assert ended.returncode == 1
     assert (
         ended.stderr

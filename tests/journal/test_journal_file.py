@@ -17,7 +17,8 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, iterate_in_order, ours, ran, run
+from common import each_way, iterate_in_order, ours, run
+from scripts import ran
 
 from twostage import Journal, JournalError, Stage, iter_two_stage
 from twostage.journal.file import JournalFile
@@ -505,7 +506,7 @@ def test_python_without_sqlite_has_all_but_journals() -> None:
         print(run_two_stage("a", str, str))
         run_two_stage("a", str, str, journal="a.sqlite")
     """
-    done = ran(dedent(script))
+    done = ran(script)
     assert done.stdout == "['a']\n"
     assert "\nModuleNotFoundError: " in done.stderr
     assert "sqlite3" in done.stderr

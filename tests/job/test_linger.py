@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-import subprocess
-import sys
 import threading
 from decimal import Decimal
 from queue import SimpleQueue
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from common import ALWAYS, PATIENCE, LeaveError, WeakItems, nothing_collected, ours, source_of, until
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, refusing, stage
+from scripts import ran
 
 from twostage import RunTimeout, iter_two_stage, run_two_stage
 from twostage.testing import VirtualTime, sleep
@@ -500,13 +499,7 @@ SCRIPT = """
 
 @pytest.mark.parametrize("last_line", ["", "outcomes.close()", "del outcomes", "raise SystemExit(3)"])
 def test_script_ends_though_its_source_blocks(last_line: str) -> None:
-    process = subprocess.run(  # noqa: S603 - a script of this file
-        [sys.executable, "-W", "error", "-c", dedent(SCRIPT) + last_line],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    process = ran(dedent(SCRIPT) + last_line)
     assert (process.returncode, process.stdout, process.stderr) == (3 * ("3" in last_line), "1\n", "")
 
 

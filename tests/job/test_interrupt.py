@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dis import opname
 from queue import Empty
 from textwrap import dedent, indent
@@ -18,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 
 import pytest
 from common import PATIENCE, ours, until
+from scripts import interrupt_when, running
 
 from twostage import iter_two_stage, run_two_stage
 from twostage.core.coordinator import Coordinator
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
     from types import FrameType
 
 VISITS: Final = 2  # of a line: it may be reached in several states
@@ -394,26 +395,8 @@ SCRIPT: Final = """
 """
 
 
-@contextmanager
-def script(*parts: str, run: str, call_is_ready: bool) -> Iterator[subprocess.Popen[str]]:
-    start = SCRIPT.replace("RUN", run).replace("CALL_IS_READY", str(call_is_ready))
-    with subprocess.Popen(  # noqa: S603 - a script of this file
-        [sys.executable, "-W", "error", "-c", "".join(map(dedent, [start, *parts]))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def interrupt_when(line: str, process: subprocess.Popen[str]) -> None:
-    """Waits for a line of the process, then interrupts it."""
-    assert process.stdout is not None
-    assert process.stdout.readline() == line + "\n"
-    process.send_signal(signal.SIGINT)
+def script(*parts: str, run: str, call_is_ready: bool) -> AbstractContextManager[subprocess.Popen[str]]:
+    return running(SCRIPT.replace("RUN", run).replace("CALL_IS_READY", str(call_is_ready)), *parts)
 
 
 @pytest.mark.parametrize(

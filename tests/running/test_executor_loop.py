@@ -15,8 +15,9 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
-from common import PATIENCE, nothing_collected, ours, ran, switching, until
+from common import PATIENCE, nothing_collected, ours, switching, until
 from loops import ENDS, Gate, LoopFactory, assert_lives, busy, double, fail, loop_of
+from scripts import ran
 
 from twostage import AsyncExecutor
 from twostage.running.async_executor import LOT

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from twostage.testing import VirtualTime
 
-PAGE = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[2] / "README.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCK = next(
     block

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import subprocess
 import sys
 import threading
 import time
@@ -155,17 +154,6 @@ def switching() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(interval)
-
-
-def ran(script: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own, to its end."""
-    return subprocess.run(  # noqa: S603 - a script of the tests
-        [sys.executable, "-W", "error", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
 
 
 def given_up_in(caplog: pytest.LogCaptureFixture) -> list[str]:

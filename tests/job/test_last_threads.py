@@ -10,14 +10,8 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import (
-    ALWAYS,
-    Run,
-    each_way,
-    ours,
-    ran,
-    source_of,
-)
+from common import ALWAYS, Run, each_way, ours, source_of
+from scripts import ran
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from contextvars import ContextVar
 from functools import partial
-from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from common import AT_ONCE, PATIENCE, Clock, Run, as_it_is, books, each_way, ours, run, until
 from fakes import ExpiredError, each, outcomes_of, refusing, stage
 from pacing import asking
+from scripts import ran
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from twostage import (
@@ -237,8 +235,7 @@ def test_ten_thousand_calls_run_at_once_in_less_than_200_mb() -> None:
         status = Path("/proc/self/status").read_text()
         print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status).group(1)) / 1024)
     """
-    command = [sys.executable, "-W", "error", "-c", dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE, check=False)  # noqa: S603
+    done = ran(script, patience=5 * PATIENCE)
     assert done.stderr == ""
     assert float(done.stdout) < 200
 

@@ -6,11 +6,11 @@ import asyncio
 import subprocess
 import sys
 from contextlib import contextmanager
-from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from common import PATIENCE, as_it_is, each_way, until
+from scripts import running
 
 from twostage import arun_two_stage, run_two_stage
 
@@ -97,21 +97,12 @@ JOB: Final = """
 @contextmanager
 def running_job(form: str) -> Iterator[subprocess.Popen[str]]:
     """Runs a job whose last call waits for a line; and sees to it that it ends well."""
-    with subprocess.Popen(  # noqa: S603 - a script of this file
-        [sys.executable, "-c", dedent(JOB).replace("FORM", form)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with running(JOB.replace("FORM", form), options=()) as process:
         assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "running\n"
-            yield process
-            output, errors = process.communicate("\n", timeout=PATIENCE)
-            assert (output, errors) == (f"{sum(range(101))}\n", "")
-        finally:
-            process.kill()
+        assert process.stdout.readline() == "running\n"
+        yield process
+        output, errors = process.communicate("\n", timeout=PATIENCE)
+        assert (output, errors) == (f"{sum(range(101))}\n", "")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="remote debugging is new in Python 3.14")

@@ -6,8 +6,7 @@ import asyncio
 import itertools
 import signal
 import subprocess
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,13 +21,15 @@ from common import (
     until,
 )
 from fakes import each, stage
+from scripts import interrupt_when, running
 from test_interrupt import Interrupter, World, interrupt, interrupt_everywhere
 
 from twostage import iter_two_stage
 
 if TYPE_CHECKING:
+    import subprocess
     import threading
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 WORKERS: Final = 3
 
@@ -177,22 +178,8 @@ SCRIPT: Final = """
 """
 
 
-@contextmanager
-def script(body: str, run: str) -> Iterator[subprocess.Popen[str]]:
-    text = dedent(SCRIPT).replace("RUN", run) + dedent(body)
-    command = [sys.executable, "-W", "error", "-c", text]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def interrupt_when(line: str, process: subprocess.Popen[str]) -> None:
-    """Waits for a line of the process, then interrupts it."""
-    assert process.stdout is not None
-    assert process.stdout.readline() == line + "\n"
-    process.send_signal(signal.SIGINT)
+def script(body: str, run: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return running(SCRIPT.replace("RUN", run), body)
 
 
 JOBS: Final = [

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import signal
-import subprocess
-import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +20,7 @@ from asynchronous import arun, each_async_way, patiently, turns
 from common import PATIENCE, ours
 from common import until as until_in_threads
 from fakes import stage
+from scripts import STRICT, interrupt_when, running
 
 from twostage import (
     AsyncExecutor,
@@ -553,20 +551,10 @@ def test_ctrl_c_waits_for_what_runs_and_a_second_one_does_not(
     form: str, function: str, *, once: bool
 ) -> None:
     script = dedent(SCRIPT).replace("FORM", form).replace("FUNCTION", function).replace("ONCE", str(once))
-    with subprocess.Popen(  # noqa: S603 - a script of this file
-        [sys.executable, "-X", "dev", "-W", "error", "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            for line in ["ready"] if once else ["ready", "ending"]:
-                assert process.stdout.readline() == line + "\n"
-                process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
+    with running(script, options=("-X", "dev", *STRICT)) as process:
+        for line in ["ready"] if once else ["ready", "ending"]:
+            interrupt_when(line, process)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert errors == ""
     assert output == ("ending\n3 True\n" if once else "3 False\n")
     assert process.returncode == 0

@@ -10,7 +10,6 @@ import logging
 import math
 import random
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -18,8 +17,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from subprocess import PIPE, Popen
-from textwrap import dedent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -38,6 +35,7 @@ from common import (
     until,
 )
 from fakes import each, stage
+from scripts import running
 from tenacity import (
     Retrying,
     retry_if_exception_type,
@@ -57,6 +55,8 @@ from twostage.running.pool import PoolRunner
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
+    from contextlib import AbstractContextManager
+    from subprocess import Popen
 
 
 class Hanging:
@@ -659,14 +659,8 @@ SCRIPT: Final = """
 """
 
 
-@contextmanager
-def script(body: str, hang: str) -> Iterator[Popen[str]]:
-    text = dedent(SCRIPT).replace("HANG", hang) + dedent(body)
-    with Popen([sys.executable, "-W", "error", "-c", text], stdout=PIPE, stderr=PIPE, text=True) as process:  # noqa: S603 - a script of this file
-        try:
-            yield process
-        finally:
-            process.kill()
+def script(body: str, hang: str) -> AbstractContextManager[Popen[str]]:
+    return running(SCRIPT.replace("HANG", hang), body)
 
 
 def test_interpreter_s_exit_waits_for_those_that_were_given_up() -> None:

@@ -21,7 +21,7 @@ from twostage.demo.api import EmbeddedApi
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 FEWER = 200
