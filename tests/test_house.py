@@ -94,4 +94,4 @@ def test_what_a_plain_job_does_not_need_is_not_imported() -> None:
     loaded = set(ran(code).stdout.split())
     assert {name for name in loaded if name.startswith("twostage.tracing.")} == {"twostage.tracing.trace"}
     assert not {name for name in loaded if name.startswith(("twostage.testing", "twostage.demo"))}
-    assert not {"twostage.journal.recorder", "twostage.journal.file", "twostage.shards.rows"} & loaded
+    assert not {"twostage.journal.recorder", "twostage.journal.file", "sqlite3"} & loaded

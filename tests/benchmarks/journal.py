@@ -92,7 +92,7 @@ def commits(items: Sequence[Any]) -> int:
 
     def count(self: Recorder) -> None:
         nonlocal number
-        number += bool(self._rows.tokens or self._rows.results)
+        number += bool(self.collected._rows.tokens or self.collected._rows.results)
         commit(self)
 
     Recorder.commit = count  # type: ignore[method-assign] # for this one run

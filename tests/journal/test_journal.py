@@ -27,6 +27,7 @@ from twostage import (
 from twostage.__main__ import main
 from twostage.core.coordinator import LEAST_IN_PROGRESS
 from twostage.journal import recorder as recorder_module
+from twostage.journal.recording import Recording
 from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ def test_job_goes_on_recording_while_the_consumer_is_away(path: Path) -> None:
     with VirtualTime() as virtual, iter_two_stage(range(1000), str, api, journal=path) as outcomes:
         next(outcomes)
         virtual.sleep(60)
-        recorder = part(outcomes, recorder_module.Recorder)
-        assert recorder is not None
+        recording = part(outcomes, Recording)
+        assert recording is not None
+        recorder = recording._recorder
         assert recorder._file is not None
         query = "SELECT count(*) FROM answers WHERE result IS NOT NULL"
         assert recorder._file.connection.execute(query).fetchone()[0] >= LEAST_IN_PROGRESS
@@ -129,7 +131,7 @@ def test_nothing_is_handed_over_before_it_is_committed(path: Path, monkeypatch: 
     commit = recorder_module.Recorder.commit
 
     def note(self: recorder_module.Recorder) -> None:
-        keys = [row[0] for row in self._rows.results]
+        keys = [row[0] for row in self.collected._rows.results]
         commit(self)
         committed.update(keys)
 
@@ -145,7 +147,7 @@ def test_one_commit_for_all_events_of_a_wake_up(path: Path, monkeypatch: pytest.
 
     def note(self: recorder_module.Recorder) -> None:
         nonlocal commits
-        commits += bool(self._rows.results or self._rows.tokens)
+        commits += bool(self.collected._rows.results or self.collected._rows.tokens)
         commit(self)
 
     monkeypatch.setattr(recorder_module.Recorder, "commit", note)
@@ -160,7 +162,7 @@ def test_one_commit_for_all_events_of_a_wake_up(path: Path, monkeypatch: pytest.
 
 def test_token_lives_as_long_as_was_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1_700_000_000.0
-    monkeypatch.setattr("twostage.journal.recorder.time.time", lambda: now)
+    monkeypatch.setattr("time.time", lambda: now)
     journal = Journal(path, token_ttl=60)
     broken = Api(token={"token a": LookupError()})
     broken.run("a", journal=journal, return_exceptions=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
 from twostage.answers.answers import token_list
@@ -51,7 +50,7 @@ class Many:
             if not tokens:
                 self._job.settle(outcome.answer([]))
                 continue
-            self._job.at_work += len(tokens) - 1
+            self._job.enter(len(tokens) - 1)
             self._job.handing.add_surplus(outcome.index, len(tokens) - 1)
             listed = TokenList(outcome, len(tokens))
             calls += [ListedToken(listed, place, token) for place, token in enumerate(tokens)]
@@ -61,9 +60,5 @@ class Many:
 def drop(job: Coordinator, tokens: TokenList) -> None:
     """Forgets an item's tokens, as it begins again; those that run or wait for a due time end unheard."""
     tokens.dropped = True
-    line = job.lines[1]
-    before = len(line.waiting) + len(line.due)
-    line.waiting = deque(one for one in line.waiting if not one.dropped)
-    line.due = deque(one for one in line.due if not one.dropped)
-    job.at_work -= before - len(line.waiting) - len(line.due)
+    job.enter(-job.lines[1].forget_dropped())
     job.handing.forget_surplus(tokens.outcome.index)

@@ -63,7 +63,7 @@ class Refreshing:
 
     def _goes_back(self, member: Member) -> bool:
         if member.dropped:
-            self._job.at_work -= 1
+            self._job.enter(-1)
             return True
         outcome = member.outcome
         if self._times[outcome.index] >= self._most:

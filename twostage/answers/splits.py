@@ -167,4 +167,5 @@ class Splits:
                     line.back.appendleft(member)
                     continue
                 line.waiting.appendleft(member)
-                self._job.at_work -= line is self._job.lines[0]
+                if line is self._job.lines[0]:
+                    self._job.enter(-1)  # there it is in progress once it has left

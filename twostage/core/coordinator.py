@@ -310,6 +310,10 @@ class Coordinator:
             line.splits.ended(cast("Batch", call), accepted=bool(members))
         return members, values, error
 
+    def enter(self, number: int) -> None:
+        """Hears of items or tokens that are in progress from now on; below 0 of some that are so no more."""
+        self.at_work += number
+
     def settle(self, outcome: AnyOutcome | None) -> None:
         """Hears of an answer: it was the last that an outcome has waited for, or it was not."""
         self.at_work -= 1

@@ -294,6 +294,13 @@ class Line:
         waits = self.due or self.waiting or self.back
         return bool(self.gates and waits) and self.runner.out < self.limit
 
+    def forget_dropped(self) -> int:
+        """Forgets calls that nobody waits for any more; returns how many did wait here."""
+        before = len(self.waiting) + len(self.due)
+        self.waiting = deque(one for one in self.waiting if not one.dropped)
+        self.due = deque(one for one in self.due if not one.dropped)
+        return before - len(self.waiting) - len(self.due)
+
     def drop(self) -> list[tuple[Call, Exception | None]]:
         """Drops all that waits here; returns it, and the failure that it had."""
         waiting = Batch(list(self.waiting)), Batch(list(self.back))

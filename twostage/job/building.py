@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twostage.answers.many import Many
 from twostage.answers.refreshing import Refreshing
@@ -29,12 +29,18 @@ if TYPE_CHECKING:
     from twostage.job.driver import AsyncDriver, Driver
     from twostage.job.sources import Key
     from twostage.job.stages import Settings
-    from twostage.journal.recorder import Recorder
     from twostage.observing.events import JobBegan, Listeners
 
 __all__ = ["build", "build_async", "job_of", "parts_of"]
 
 LEAST_WINDOW = 10_000
+
+
+class Part(Protocol):
+    """What some jobs need; it hears of what it wants to hear of."""
+
+    def attach(self, job: Coordinator) -> None:
+        """Is of that job."""
 
 
 def build(
@@ -44,7 +50,7 @@ def build(
     results: list[Any] | None = None,
     *,
     listeners: Listeners | None = None,
-    recorder: Recorder | None = None,
+    recording: Part | None = None,
 ) -> Job:
     """Checks what is left to check, and builds a job of which nothing runs yet.
 
@@ -54,11 +60,11 @@ def build(
         options: Of the job.
         results: The list to put results in; `None` for a stream.
         listeners: Who hears of what happens, instead of those that were asked for.
-        recorder: Keeps what the calls give, instead of a journal.
+        recording: Keeps what the calls give, instead of a journal.
     """
     driver = world.get()()
     coordinator = _coordinator(
-        driver, stages, options, listeners or listeners_of(options, items), results, recorder
+        driver, stages, options, listeners or listeners_of(options, items), results, recording
     )
     return job_of(items, options, driver, coordinator)
 
@@ -109,7 +115,7 @@ def _coordinator(
     options: JobOptions,
     listeners: Listeners,
     results: list[Any] | None,
-    recorder: Recorder | None,
+    recording: Part | None,
 ) -> Coordinator:
     """Puts the parts together."""
     first, second = stages
@@ -141,11 +147,8 @@ def _coordinator(
     twins = Twins.of(options)
     if options.journal is not None and twins is not None:
         journal = journal_of(options)
-        recorder = recorder_for(
-            journal,
-            identity_of(journal, first.stage.fetch, second.stage.fetch, many=first.many),
-            twins.keys,
-        )
+        identity = identity_of(journal, first.stage.fetch, second.stage.fetch, many=first.many)
+        recording = Recording(recorder_for(journal, identity, twins.keys, many=first.many))
     handing = HandOver.of(options, results, forget=None if twins is None else twins.forget, many=first.many)
     coordinator = Coordinator(
         *lines,
@@ -168,10 +171,9 @@ def _coordinator(
         listeners,
         began(stages, window, listeners.total),
         twins,
-        recorder,
+        recording,
         limit,
         refreshing,
-        many=first.many,
     )
     ended = coordinator.tokens_ended, coordinator.results_ended
     for one, other, line, argument, hear in zip(stages, stages[::-1], lines, arguments, ended, strict=True):
@@ -184,11 +186,9 @@ def parts_of(
     listeners: Listeners,
     begins: Callable[[float], JobBegan],
     twins: Twins | None,
-    recorder: Recorder | None,
+    recording: Part | None,
     limit: FailureLimit | None,
     refreshing: Refreshing | None = None,
-    *,
-    many: bool,
 ) -> None:
     """Gives a job its parts, in the order in which they hear of what happens.
 
@@ -198,8 +198,8 @@ def parts_of(
     """
     if twins is not None:
         twins.sorts_out(job)
-    if recorder is not None:
-        Recording(job, recorder, many=many)
+    if recording is not None:
+        recording.attach(job)
     Telling(job, listeners, begins)
     if limit is not None:
         limit.attach(job)

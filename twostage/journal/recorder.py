@@ -1,39 +1,28 @@
-"""What a job records in its journal as it goes, and finds there: used by the coordinator alone."""
+"""The journal of a job that runs: what it knows of items, and what is written into it."""
 
 from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import CancelledError
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tenacity import RetryError
-
-from twostage.base.kinds import Kind, RemoteError
 from twostage.base.records import ListedToken, TokenList
-from twostage.failing.clients import status_of
-from twostage.failing.transient import kind_of
 from twostage.journal.file import JournalFile
 from twostage.journal.rows import Identity, Row
 from twostage.journal.values import Codec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from twostage.base.records import Member
     from twostage.core.handover import AnyOutcome
     from twostage.errors import RecordedFailure
+    from twostage.journal.collector import Collector, Rows
     from twostage.journal.journal import Journal
 
 __all__ = ["Found", "Recorder"]
-
-AnyT = TypeVar("AnyT")
-
-# What says nothing of the item: a policy that has refused its result, such as "not ready"; an executor that
-# was shut down.
-NO_ANSWER = (RetryError, CancelledError)
 
 LOOKED_UP = 500  # keys at once: older releases of SQLite take 999 at most
 
@@ -53,15 +42,6 @@ FAILURE = """
         passing = excluded.passing, text = excluded.text, at = excluded.at, result = NULL,
         token = CASE WHEN excluded.stage = 1 OR excluded.status IN (401, 403) THEN NULL ELSE token END
 """
-
-
-class Rows(NamedTuple):
-    """What was heard of between two commits, as the values of each kind of statement, in their order."""
-
-    forgotten: list[tuple[str]]
-    tokens: list[tuple[Any, ...]]
-    results: list[tuple[Any, ...]]
-    failures: list[tuple[Any, ...]]
 
 
 STATEMENTS = (FORGET, TOKEN, RESULT, FAILURE)  # which take them
@@ -92,9 +72,21 @@ class Recorder:
         journal: What was said of it.
         identity: Whose answers they are.
         keys: The items', by their index.
+        collected: What is to be written of what the job's calls give.
+        goes_on: Whether an item of which the token is recorded goes on from there.
     """
 
-    def __init__(self, journal: Journal, identity: Identity, keys: Mapping[int, Any]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        identity: Identity,
+        keys: Mapping[int, Any],
+        collected: Collector,
+        *,
+        goes_on: bool = True,
+    ) -> None:
+        self.collected = collected
+        self._goes_on = goes_on
         self._journal = journal
         self._path = os.path.realpath(journal.path)  # of now, wherever the script is when it begins
         self._identity = identity
@@ -103,11 +95,6 @@ class Recorder:
         self._codec = Codec(journal.encode, journal.decode)
         self._file: JournalFile | None = None  # while it is open
         self._broken: Exception | None = None
-        self._left_out: set[Member] = set()
-        self._partial: set[int] = set()  # indices of items of which a part is not recorded as an answer
-        self._finished: list[int] = []  # those of items that the next commit completes
-        # What the next commit will write.
-        self._rows = Rows([], [], [], [])
         self._lots: list[Rows] = []  # what others have heard of
 
     def open(self) -> None:
@@ -201,127 +188,17 @@ class Recorder:
 
     def _has_token(self, row: Row) -> bool:
         ttl = self._journal.token_ttl
-        return row.token is not None and (ttl is None or time.time() < (row.token_at or 0) + ttl)
+        return (
+            self._goes_on
+            and row.token is not None
+            and (ttl is None or time.time() < (row.token_at or 0) + ttl)
+        )
 
     def _is_kept(self, row: Row) -> bool:
         """Whether a failure is an answer."""
         return row.failure is not None and not row.passing and not self._journal.retry_failed
 
     # --- what is recorded
-
-    def leave_out(self, members: Iterable[Member]) -> None:
-        """Hears of what a policy gives in an answer's place, which the API has not given."""
-        self._left_out.update(members)
-
-    def _is_left_out(self, member: Member) -> bool:
-        if member not in self._left_out:
-            return False
-        self._left_out.discard(member)
-        return True
-
-    def tokens(self, outcomes: Iterable[AnyOutcome]) -> None:
-        """Hears of items' tokens.
-
-        Raises:
-            Exception: One can't be recorded; the others are.
-        """
-        if self._journal.tokens:
-            _each(self._token, outcomes)
-
-    def _token(self, outcome: AnyOutcome) -> None:
-        if not self._is_left_out(outcome):
-            written = self._codec.write(outcome.token, "token", outcome.item)
-            self._rows.tokens.append((self._keys[outcome.index], 0, None, written, time.time()))
-
-    def lists(self, outcomes: Iterable[AnyOutcome]) -> None:
-        """Hears of the tokens of items that may have many; those of an older list count no more.
-
-        Raises:
-            Exception: As from `tokens`.
-        """
-        _each(self._list, outcomes)
-
-    def _list(self, outcome: AnyOutcome) -> None:
-        tokens: Sequence[object] = outcome.token or ()
-        key, size, now = self._keys[outcome.index], len(tokens), time.time()
-        self._rows.forgotten.append((key,))
-        if self._is_left_out(outcome):
-            self._partial.add(outcome.index)
-        elif not tokens:
-            self._rows.tokens.append((key, 0, 0, None, now))
-        elif self._journal.tokens:
-            self._rows.tokens.extend(
-                [
-                    (key, place, size, self._codec.write(token, "token", outcome.item), now)
-                    for place, token in enumerate(tokens)
-                ]
-            )
-
-    def results(self, results: Iterable[tuple[Member, object]]) -> None:
-        """Hears of results of items, or of some of their tokens.
-
-        Raises:
-            Exception: As from `tokens`.
-        """
-        _each(self._result, results)
-
-    def _result(self, answered: tuple[Member, object]) -> None:
-        member, result = answered
-        key, index, place, size, item = self._place(member)
-        if self._is_left_out(member):
-            self._partial.add(index)
-        elif not (isinstance(member, ListedToken) and member.tokens.dropped):
-            self._rows.results.append(
-                (key, place, size, self._codec.write(result, "result", item), time.time())
-            )
-
-    def failed(self, stage: int, members: Iterable[Member], error: Exception, *, may_pass: bool) -> None:
-        """Hears of the failure of items, or of some of their tokens, at a stage.
-
-        Args:
-            stage: Which it is, 1 or 2.
-            members: They.
-            error: Their failure.
-            may_pass: Whether it is known to be none that lasts.
-        """
-        name = error.type_name if isinstance(error, RemoteError) else type(error).__name__
-        passing = may_pass or isinstance(error, NO_ANSWER) or kind_of(error) is not Kind.LASTING
-        text = _text(error) if self._journal.texts else None
-        what = (stage, name, status_of(error), passing, text, time.time())
-        for member in members:
-            key, index, place, size, _ = self._place(member)
-            self._partial.add(index)
-            self._rows.failures.append((key, place, size, *what))
-            if stage == 1 and self._many:
-                self._rows.forgotten.append((key,))  # an older list, which was asked for anew
-
-    def finished(self, outcome: AnyOutcome) -> None:
-        """Hears that an item is done."""
-        self._finished.append(outcome.index)
-
-    def take_finished(self) -> list[int]:
-        """Returns the indices of items that are done since the last time."""
-        finished, self._finished = self._finished, []
-        return finished
-
-    def is_whole(self, index: int) -> bool:
-        """Whether an item that is done is recorded, with all its parts; to be asked once."""
-        if index not in self._partial:
-            return True
-        self._partial.discard(index)
-        return False
-
-    def _place(self, member: Member) -> tuple[str, int, int, int | None, object]:
-        """Returns the key and index of a member's item, its place there and of how many, and the item."""
-        if isinstance(member, ListedToken):
-            outcome, size = member.outcome, len(member.tokens.results)
-            return self._keys[outcome.index], outcome.index, member.place, size, outcome.item
-        return self._keys[member.index], member.index, 0, None, member.item
-
-    def take_rows(self) -> Rows | None:
-        """Returns what was heard of since the last time, if anything was."""
-        rows, self._rows = self._rows, Rows([], [], [], [])
-        return rows if any(rows) else None
 
     def add(self, lots: Iterable[Rows], partial: Iterable[int]) -> None:
         """Hears of what others have heard of, one lot after the other.
@@ -331,7 +208,7 @@ class Recorder:
             partial: The indices of items of which a part is not recorded as an answer.
         """
         self._lots.extend(lots)
-        self._partial.update(partial)
+        self.collected.partial.update(partial)
 
     def commit(self) -> None:
         """Writes what was heard of since the last time.
@@ -340,7 +217,7 @@ class Recorder:
             JournalError: It can't be written. From then on nothing is.
         """
         lots, self._lots = self._lots, []
-        if (rows := self.take_rows()) is not None:
+        if (rows := self.collected.take_rows()) is not None:
             lots.append(rows)
         if not lots:
             return
@@ -360,22 +237,3 @@ class Recorder:
         except Exception as error:
             self._broken = error
             raise
-
-
-def _each(record: Callable[[AnyT], None], heard: Iterable[AnyT]) -> None:
-    """Records each of several, and only then raises if one could not be."""
-    problem: Exception | None = None
-    for one in heard:
-        try:
-            record(one)
-        except Exception as error:  # noqa: BLE001 - the user's `encode` may raise anything
-            problem = problem or error
-    if problem is not None:
-        raise problem
-
-
-def _text(error: Exception) -> str:
-    try:
-        return str(error).encode(errors="backslashreplace").decode()
-    except Exception as broken:  # noqa: BLE001 - the user's `__str__` may raise anything
-        return f"<{type(broken).__name__} in its text>"

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from twostage.base.words import without_our_frames
+from twostage.journal.collector import Collector
 from twostage.journal.journal import Journal
 from twostage.journal.rows import Identity
 from twostage.running.processes import name_of
@@ -26,28 +27,23 @@ log = logging.getLogger("twostage")
 class Recording:
     """Has a recorder hear of a job, and finds there what is known already."""
 
-    def __init__(self, job: Coordinator, recorder: Recorder, *, many: bool) -> None:
-        self._job = job
+    def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        job.hears.begins.append(lambda _: recorder.open())
-        job.hears.closes.append(recorder.close)
+
+    def attach(self, job: Coordinator) -> None:
+        """Is of that job."""
+        self._job = job
+        job.hears.begins.append(lambda _: self._recorder.open())
+        job.hears.closes.append(self._recorder.close)
         job.hears.read.append(self._find)
-        job.hears.tokens.append(recorder.lists if many else recorder.tokens)
-        job.hears.results.append(
-            lambda members, results: recorder.results(zip(members, results, strict=True))
-        )
-        job.hears.given.append(recorder.leave_out)
-        job.hears.failed.append(
-            lambda stage, members, error, may_pass: recorder.failed(stage, members, error, may_pass=may_pass)
-        )
-        job.hears.done.append(recorder.finished)
+        self._recorder.collected.attach(job)
         job.hears.before_message.append(self._commit)
         job.hears.handled.append(self._close)
 
     def _find(self, outcomes: list[AnyOutcome], _keys: object) -> list[AnyOutcome]:
         """Has items go on from what is recorded; returns those of which nothing is."""
         job, found = self._job, self._recorder.find(outcomes)
-        job.at_work += len(found.calls) + len(found.done)
+        job.enter(len(found.calls) + len(found.done))
         for tokens in found.lists:
             job.handing.add_surplus(tokens.outcome.index, len(tokens.results) - 1)
         if found.calls:
@@ -63,16 +59,16 @@ class Recording:
 
     def _commit(self) -> None:
         """Has recorded what is handed over next."""
-        job, recorder = self._job, self._recorder
+        job, collected = self._job, self._recorder.collected
         try:
-            recorder.commit()
+            self._recorder.commit()
         except Exception as broken:  # noqa: BLE001 - whatever it is, it can't be handed over
             if job.ending and job.error is not broken:
                 log.warning("what the job's last calls gave is not recorded: %s", broken)
             job.end(without_our_frames(broken))
-            job.handing.discard(recorder.take_finished())
+            job.handing.discard(collected.take_finished())
         else:
-            job.handing.recorded(filter(recorder.is_whole, recorder.take_finished()))
+            job.handing.recorded(filter(collected.is_whole, collected.take_finished()))
 
     def _close(self, message: Message | None) -> None:
         if message is not None and message.ended:
@@ -91,8 +87,10 @@ def identity_of(journal: Journal, fetch_token: object, fetch_result: object, *, 
     return Identity(job, journal.version_text, int(many), int(journal.encode is not None))
 
 
-def recorder_for(journal: Journal, identity: Identity, keys: Mapping[int, Any]) -> Recorder:
+def recorder_for(
+    journal: Journal, identity: Identity, keys: Mapping[int, Any], *, many: bool, goes_on: bool = True
+) -> Recorder:
     """Returns what keeps a job's answers in its journal."""
     from twostage.journal.recorder import Recorder  # noqa: PLC0415 - for some Pythons, SQLite is an extra
 
-    return Recorder(journal, identity, keys)
+    return Recorder(journal, identity, keys, Collector(journal, keys, many=many), goes_on=goes_on)

@@ -26,7 +26,7 @@ from twostage.failing.retry import Answer, Fail, Judge, Retry, repeats
 from twostage.job.building import job_of, parts_of
 from twostage.job.driver import world
 from twostage.job.telling import began, listeners_of
-from twostage.journal.recording import identity_of, journal_of, recorder_for
+from twostage.journal.recording import Recording, identity_of, journal_of, recorder_for
 from twostage.pace.pace import Pace
 from twostage.pace.rates import rates_of
 from twostage.running.async_executor import AsyncExecutor
@@ -267,7 +267,7 @@ def build_sharded(
     twins, recorder = Twins.of(options), None
     if recorded is not None and twins is not None:
         # Items go on from where they were in no other place, so that recorded tokens are none to go on with.
-        recorder = recorder_for(replace(recorded[0], token_ttl=1e-9), recorded[1], twins.keys)
+        recorder = recorder_for(*recorded, twins.keys, many=first.many, goes_on=False)
     driver = world.get()()
     handing = HandOver.of(options, results, forget=None if twins is None else twins.forget, many=False)
     splits = Splits(_splits)
@@ -291,7 +291,14 @@ def build_sharded(
         timeout=options.timeout,
     )
     splits.attach(owner, line)
-    parts_of(owner, listeners, began(stages, window, listeners.total), twins, recorder, limit, many=False)
+    parts_of(
+        owner,
+        listeners,
+        began(stages, window, listeners.total),
+        twins,
+        None if recorder is None else Recording(recorder),
+        limit,
+    )
     ends = ShardEnds(owner, line, listeners, twins, recorder, time.time() - driver.clock())
     line.runner = driver.runner(
         Work(line.name, shard.run, ends.items_of, ends.ended, at_once, variables_for(executor), executor)

@@ -13,20 +13,21 @@ from twostage.core.failures import failure_of
 from twostage.errors import RunTimeout
 from twostage.job.building import build
 from twostage.job.outcomes import Outcomes
+from twostage.journal.collector import Collector
 from twostage.observing.events import Listeners, Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from twostage.base.options import JobOptions
+    from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
     from twostage.job.outcomes import Job
     from twostage.job.stages import Settings
+    from twostage.journal.collector import Rows
     from twostage.journal.journal import Journal
-    from twostage.journal.recorder import Recorder, Rows
     from twostage.journal.rows import Identity
     from twostage.observing.events import Attempt, HeldBack, JobBegan, RetryDue
-    from twostage.shards.rows import RowsKeeper
 
 __all__ = ["End", "Heard", "Shard", "ShardAnswer", "ShardItems"]
 
@@ -99,8 +100,11 @@ class Shard(NamedTuple):
         listeners = Listeners([heard])
         if not self.observed:
             listeners.attempt_ended = []
-        recorder = self._recorder(items)
-        job = self.job(items, listeners, recorder)
+        keeping = None
+        if self.journal is not None:
+            journal, identity = self.journal
+            keeping = Keeping(Collector(journal, dict(enumerate(items.keys)), many=bool(identity.many)))
+        job = self.job(items, listeners, keeping)
         wanted = self.options.return_exceptions
         many = self.stages[0].many and not wanted  # else one of many tokens may fail alone
         ends: list[End | None] = [None] * len(items)
@@ -115,12 +119,12 @@ class Shard(NamedTuple):
                         break
         except Exception as ending:  # noqa: BLE001 - it ends the whole job, after the outcomes that are there
             error = without_our_frames(ending)
-        if recorder is None:
+        if keeping is None:
             return ShardAnswer(ends, error, [], set(), heard)
-        return ShardAnswer(ends, error, recorder.lots, recorder.partial, heard)
+        return ShardAnswer(ends, error, keeping.lots, keeping.collected.partial, heard)
 
     def job(
-        self, items: ShardItems, listeners: Listeners | None = None, recorder: Recorder | None = None
+        self, items: ShardItems, listeners: Listeners | None = None, keeping: Keeping | None = None
     ) -> Job:
         """Builds the job of a shard, of which nothing runs yet.
 
@@ -130,14 +134,31 @@ class Shard(NamedTuple):
         """
         timeout = None if items.timeout == math.inf else items.timeout
         options = replace(self.options, return_exceptions=True, timeout=timeout)
-        return build(items, self.stages, options, listeners=listeners, recorder=recorder)
+        return build(items, self.stages, options, listeners=listeners, recording=keeping)
 
-    def _recorder(self, items: ShardItems) -> RowsKeeper | None:
-        if self.journal is None:
-            return None
-        from twostage.shards.rows import RowsKeeper  # noqa: PLC0415 - for some Pythons, SQLite is an extra
 
-        return RowsKeeper(*self.journal, dict(enumerate(items.keys)))
+class Keeping:
+    """Keeps what the journal is to have of a shard, for the one who has the file.
+
+    Attributes:
+        collected: What was heard of since the last time.
+        lots: What was heard of before, in the order in which it is to be written.
+    """
+
+    def __init__(self, collected: Collector) -> None:
+        self.collected = collected
+        self.lots: list[Rows] = []
+
+    def attach(self, job: Coordinator) -> None:
+        """Is of that job."""
+        self._handing = job.handing
+        self.collected.attach(job)
+        job.hears.before_message.append(self._keep)
+
+    def _keep(self) -> None:
+        if (rows := self.collected.take_rows()) is not None:
+            self.lots.append(rows)
+        self._handing.recorded(self.collected.take_finished())
 
 
 def _end(outcome: AnyOutcome, failure: Exception | None) -> End:
