@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import (
     TYPE_CHECKING,
     Any,
+    Final,
     Generic,
     Literal,
     TypeAlias,
@@ -20,14 +21,16 @@ from typing import (
 from tenacity import BaseRetrying
 
 from twostage.base.checks import (
+    Check,
     Failures,
-    check_bool,
     check_fetch,
     check_function,
+    checked_bool,
     failure_test,
     is_coroutine_function,
     positive_int,
     positive_seconds,
+    unless_none,
 )
 from twostage.base.options import DEFAULT_RETRY, ONE_ITEM_A_CALL, ONE_TOKEN_AN_ITEM, Default
 from twostage.base.words import warn
@@ -85,7 +88,7 @@ class Options(TypedDict, total=False):
 WORKERS = Default("4 for stage one, 32 for stage two, 100 for coroutine functions")
 
 
-@dataclass(frozen=True, init=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class Stage(Generic[InT_contra, OutT_co]):
     """One stage of a job: its function, and how it is called.
 
@@ -145,177 +148,78 @@ class Stage(Generic[InT_contra, OutT_co]):
     8
     """
 
-    fetch: Callable[[Any], Any] = field(repr=False)  # a partial shows its arguments, keys among them
-    batch_size: int | Default | None
-    workers: int | Default
-    executor: Executor | None
-    retry: RetryPolicy | Default
-    many: bool | Default
-    bisect: bool | Failures
-    retry_missing: bool
-    rate: Rates
-    adaptive: bool
-    pause: bool
-    patience: float | None
-    attempt_timeout: float | None
-    context: Callable[[], AbstractAsyncContextManager[Any]] | None = field(repr=False)
+    fetch: Callable[..., Any] = field(repr=False)  # a partial shows its arguments, keys among them
+    _: KW_ONLY
+    batch_size: int | Default | None = ONE_ITEM_A_CALL
+    workers: int | Default = WORKERS
+    executor: Executor | None = None
+    retry: RetryPolicy | Default = DEFAULT_RETRY
+    many: bool | Default = ONE_TOKEN_AN_ITEM
+    bisect: bool | Failures = True
+    retry_missing: bool = False
+    rate: Rates = None
+    adaptive: bool = False
+    pause: bool = True
+    patience: float | None = PATIENCE
+    attempt_timeout: float | None = None
+    context: Callable[[], AbstractAsyncContextManager[Any]] | None = field(default=None, repr=False)
 
-    @overload
-    def __init__(
-        self: Stage[InT, Many[OutT]],
-        fetch: Callable[[list[InT], ContextT], Awaitable[Answers[InT, Collection[OutT]]]],
-        *,
-        batch_size: int,
-        many: Literal[True],
-        context: Callable[[], AbstractAsyncContextManager[ContextT]],
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, Many[OutT]],
-        fetch: Callable[[InT, ContextT], Awaitable[Collection[OutT]]],
-        *,
-        batch_size: Default | None = ...,
-        many: Literal[True],
-        context: Callable[[], AbstractAsyncContextManager[ContextT]],
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, OutT],
-        fetch: Callable[[list[InT], ContextT], Awaitable[Answers[InT, OutT]]],
-        *,
-        batch_size: int,
-        many: Literal[False] | Default = ...,
-        context: Callable[[], AbstractAsyncContextManager[ContextT]],
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, OutT],
-        fetch: Callable[[InT, ContextT], Awaitable[OutT]],
-        *,
-        batch_size: Default | None = ...,
-        many: Literal[False] | Default = ...,
-        context: Callable[[], AbstractAsyncContextManager[ContextT]],
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, Many[OutT]],
-        fetch: InBatches[InT, Collection[OutT]],
-        *,
-        batch_size: int,
-        many: Literal[True],
-        context: None = ...,
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, Many[OutT]],
-        fetch: OneByOne[InT, Collection[OutT]],
-        *,
-        batch_size: Default | None = ...,
-        many: Literal[True],
-        context: None = ...,
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, OutT],
-        fetch: InBatches[InT, OutT],
-        *,
-        batch_size: int,
-        many: Literal[False] | Default = ...,
-        context: None = ...,
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, OutT],
-        fetch: Callable[[InT], Awaitable[OutT]],
-        *,
-        batch_size: Default | None = ...,
-        many: Literal[False] | Default = ...,
-        context: None = ...,
-        **options: Unpack[Options],
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Stage[InT, OutT],
-        fetch: Callable[[InT], OutT],
-        *,
-        batch_size: Default | None = ...,
-        many: Literal[False] | Default = ...,
-        context: None = ...,
-        **options: Unpack[Options],
-    ) -> None: ...
-    def __init__(  # noqa: PLR0913 - a stage's settings
-        self,
-        fetch: Callable[..., Any],
-        *,
-        batch_size: int | Default | None = ONE_ITEM_A_CALL,
-        workers: int | Default = WORKERS,
-        executor: Executor | None = None,
-        retry: RetryPolicy | Default = DEFAULT_RETRY,
-        many: bool | Default = ONE_TOKEN_AN_ITEM,
-        bisect: bool | Failures = True,
-        retry_missing: bool = False,
-        rate: Rates = None,
-        adaptive: bool = False,
-        pause: bool = True,
-        patience: float | None = PATIENCE,
-        attempt_timeout: float | None = None,
-        context: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
-    ) -> None:
-        check_fetch(fetch, "fetch")
-        if isinstance(getattr(fetch, "retry", None), BaseRetrying):
-            name = getattr(fetch, "__qualname__", "fetch")
+    if TYPE_CHECKING:
+        # Rows as in `run.py`.
+        # fmt: off
+        @overload
+        def __init__(self: Stage[InT, Many[OutT]], fetch: Callable[[list[InT], ContextT], Awaitable[Answers[InT, Collection[OutT]]]], *,
+                batch_size: int, many: Literal[True], context: Callable[[], AbstractAsyncContextManager[ContextT]], **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, Many[OutT]], fetch: Callable[[InT, ContextT], Awaitable[Collection[OutT]]], *,
+                batch_size: Default | None = ..., many: Literal[True], context: Callable[[], AbstractAsyncContextManager[ContextT]], **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, OutT], fetch: Callable[[list[InT], ContextT], Awaitable[Answers[InT, OutT]]], *,
+                batch_size: int, many: Literal[False] | Default = ..., context: Callable[[], AbstractAsyncContextManager[ContextT]], **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, OutT], fetch: Callable[[InT, ContextT], Awaitable[OutT]], *,
+                batch_size: Default | None = ..., many: Literal[False] | Default = ..., context: Callable[[], AbstractAsyncContextManager[ContextT]], **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, Many[OutT]], fetch: InBatches[InT, Collection[OutT]], *,
+                batch_size: int, many: Literal[True], context: None = ..., **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, Many[OutT]], fetch: OneByOne[InT, Collection[OutT]], *,
+                batch_size: Default | None = ..., many: Literal[True], context: None = ..., **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, OutT], fetch: InBatches[InT, OutT], *,
+                batch_size: int, many: Literal[False] | Default = ..., context: None = ..., **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, OutT], fetch: Callable[[InT], Awaitable[OutT]], *,
+                batch_size: Default | None = ..., many: Literal[False] | Default = ..., context: None = ..., **options: Unpack[Options]) -> None: ...
+        @overload
+        def __init__(self: Stage[InT, OutT], fetch: Callable[[InT], OutT], *,
+                batch_size: Default | None = ..., many: Literal[False] | Default = ..., context: None = ..., **options: Unpack[Options]) -> None: ...
+        # fmt: on
+        def __init__(self, fetch: Callable[..., Any], **settings: Any) -> None: ...
+
+    def __post_init__(self) -> None:
+        """Checks what was given, and keeps numbers as what they are."""
+        check_fetch(self.fetch, "fetch")
+        if isinstance(getattr(self.fetch, "retry", None), BaseRetrying):
+            name = getattr(self.fetch, "__qualname__", "fetch")
             warn(
                 f"{name} is already under tenacity's @retry, which sleeps in the worker and hides the "
                 "retries; pass the plain function, and the policy as retry="
             )
-        if batch_size is not None and not isinstance(batch_size, Default):
-            batch_size = positive_int(batch_size, "batch_size")
-        if not isinstance(workers, Default):
-            workers = positive_int(workers, "workers")
-        _check_executor(executor, fetch)
-        if executor is not None:
-            check_pickling(fetch, executor)
-        if not isinstance(retry, Default):
-            retry = check_policy(retry, "retry")
-        if not isinstance(many, Default):
-            check_bool(many, "many")
-        if not isinstance(bisect, bool):
-            failure_test(bisect, "bisect")
-        check_bool(retry_missing, "retry_missing")
-        rates_of(rate, "rate")
-        check_bool(adaptive, "adaptive")
-        check_bool(pause, "pause")
-        patience = _seconds(patience, "patience")
-        attempt_timeout = _seconds(attempt_timeout, "attempt_timeout")
-        if context is not None and not callable(context):
+        _check_executor(self.executor, self.fetch)
+        if self.executor is not None:
+            check_pickling(self.fetch, self.executor)
+        if not isinstance(self.bisect, bool):
+            failure_test(self.bisect, "bisect")
+        rates_of(self.rate, "rate")
+        if self.context is not None and not callable(self.context):
             raise TypeError(
-                f"context is {context!r}; expected a function that makes an async context manager"
+                f"context is {self.context!r}; expected a function that makes an async context manager"
             )
-        settings = {
-            "fetch": fetch,
-            "batch_size": batch_size,
-            "workers": workers,
-            "executor": executor,
-            "retry": retry,
-            "many": many,
-            "bisect": bisect,
-            "retry_missing": retry_missing,
-            "rate": rate,
-            "adaptive": adaptive,
-            "pause": pause,
-            "patience": patience,
-            "attempt_timeout": attempt_timeout,
-            "context": context,
-        }
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)
+        for name, check in CHECKS.items():
+            value = getattr(self, name)
+            if not isinstance(value, Default):
+                object.__setattr__(self, name, check(value, name))
         self._check_awaited()
 
     def _check_awaited(self) -> None:
@@ -354,5 +258,15 @@ def _check_executor(executor: object, fetch: object) -> None:
         )
 
 
-def _seconds(seconds: object, name: str) -> float | None:
-    return None if seconds is None else positive_seconds(seconds, name)
+CHECKS: Final[dict[str, Check]] = {
+    "batch_size": unless_none(positive_int),
+    "workers": positive_int,
+    "retry": check_policy,
+    "many": checked_bool,
+    "retry_missing": checked_bool,
+    "adaptive": checked_bool,
+    "pause": checked_bool,
+    "patience": unless_none(positive_seconds),
+    "attempt_timeout": unless_none(positive_seconds),
+}
+"""What makes a setting what it is kept as."""

@@ -17,8 +17,9 @@ import tenacity
 from common import needs_clients
 from scripts import ran
 
-import twostage.__main__ as demonstration
 from twostage import run_two_stage
+from twostage.__main__ import main
+from twostage.demo import command as demonstration
 from twostage.demo import ways
 from twostage.demo.answers import FAULTS, ApiError, Faults, result_of, token_of
 from twostage.demo.api import EmbeddedApi
@@ -560,7 +561,7 @@ def test_threads_of_the_pool_retry_undisturbed_by_each_other(monkeypatch: pytest
 
 def test_command_ends_with_an_error_if_results_are_wrong() -> None:
     script = """
-import sys, twostage.__main__ as demonstration
+import sys; from twostage.demo import command as demonstration
 demonstration.in_batches = lambda client, items, options: []
 sys.exit(demonstration.main(["--items", "5", "--faults", "0"]))
 """
@@ -587,13 +588,13 @@ def test_picture_events_and_trace_are_written_and_the_trace_makes_a_plan(
     assert said[-3:] == [f"{plot} is written.", f"{perfetto} is written.", f"{trace} is written."]
     assert plot.read_text().startswith("<?xml")
     assert len([one for one in json.loads(perfetto.read_text())["traceEvents"] if one["ph"] == "X"]) == 63
-    assert demonstration.main(("plan", str(trace))) == 0
+    assert main(("plan", str(trace))) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("from 63 attempts for 60 items in ")
     assert [line.split(" items: ")[0].strip() for line in lines] == ["60", "600", "6,000"]
     assert lines[1].endswith("in 8 of 10 cases), 630 calls (630 to 630)")
     assert (
-        demonstration.main(("plan", str(trace), "--items", "120", "--result-workers", "1", "--rate", "10"))
+        main(("plan", str(trace), "--items", "120", "--result-workers", "1", "--rate", "10"))
         == 0
     )
     (_, line) = capsys.readouterr().out.splitlines()
@@ -609,10 +610,10 @@ def test_what_can_not_be_planned_or_written_is_a_message(
         demonstration.main((*options, "--plot", str(tmp_path / "none" / "plot.png")))
     demonstration.main((*options, "--trace", trace))
     with pytest.raises(SystemExit, match="batch_size is 7, the trace has 20"):
-        demonstration.main(("plan", trace, "--batch-size", "7"))
+        main(("plan", trace, "--batch-size", "7"))
     with pytest.raises(SystemExit, match="items is 0; expected an integer of at least 1"):
-        demonstration.main(("plan", trace, "--items", "0"))
+        main(("plan", trace, "--items", "0"))
     for wrong in (__file__, str(tmp_path / "none")):
         with pytest.raises(SystemExit, match=r"is no trace that this release has saved|No such file"):
-            demonstration.main(("plan", wrong))
+            main(("plan", wrong))
     assert capsys.readouterr().err == ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 import sys
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 from twostage.base.words import brief
 
@@ -16,17 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "Check",
     "Failures",
-    "check_bool",
     "check_fetch",
     "check_function",
+    "checked_bool",
     "failure_test",
     "is_coroutine_function",
     "is_number",
     "positive_int",
     "positive_seconds",
-    "seconds_or_never",
+    "unless_none",
 ]
+
+Check: TypeAlias = "Callable[[Any, str], Any]"
+"""Takes what was given for an argument, and its name; returns what is kept of it, or raises."""
 
 Failures: TypeAlias = "type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]"
 """Which exceptions are meant: their type, several types, or a function that says so of one."""
@@ -67,24 +70,20 @@ def positive_seconds(seconds: object, name: str) -> float:
     return float(seconds)
 
 
-def seconds_or_never(seconds: object, name: str) -> float:
-    """Returns a time limit: infinite if there is none.
-
-    Raises:
-        TypeError: As from `positive_seconds`.
-        ValueError: The same.
-    """
-    return math.inf if seconds is None else positive_seconds(seconds, name)
-
-
-def check_bool(value: object, name: str) -> None:
-    """Checks that `value` is true or false, and not only true- or false-like.
+def checked_bool(value: object, name: str) -> bool:
+    """Returns `value`, if it is true or false, and not only true- or false-like.
 
     Raises:
         TypeError: It is something else.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected True or False")
+    return value
+
+
+def unless_none(check: Check) -> Check:
+    """Returns a check that takes `None` as well."""
+    return lambda value, name: None if value is None else check(value, name)
 
 
 def failure_test(kinds: object, name: str) -> Callable[[Exception], bool]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, final
 
-from twostage.base.checks import check_bool, check_function, failure_test, positive_int, positive_seconds
+from twostage.base.checks import (
+    Check,
+    check_function,
+    checked_bool,
+    failure_test,
+    positive_int,
+    positive_seconds,
+    unless_none,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -24,9 +32,6 @@ __all__ = [
     "JobOptions",
     "check_names",
 ]
-
-Check: TypeAlias = "Callable[[Any, str], Any]"
-"""Takes what was given for an option, and its name; returns what is kept of it, or raises."""
 
 TOKEN_WORKERS: Final = 4
 RESULT_WORKERS: Final = 32
@@ -115,11 +120,6 @@ def check_names(said: Iterable[str]) -> None:
             raise TypeError(f"there is no option {name}" + "".join(f"; did you mean {one}?" for one in near))
 
 
-def _flag(value: object, name: str) -> bool:
-    check_bool(value, name)
-    return bool(value)
-
-
 def _function(value: object, name: str) -> object:
     check_function(value, name)
     return value
@@ -130,22 +130,18 @@ def _failures(value: object, name: str) -> object:
     return value
 
 
-def _unless_none(check: Check) -> Check:
-    return lambda value, name: None if value is None else check(value, name)
-
-
 CHECKS: Final[dict[str, Check]] = {
-    "batch_size": _unless_none(positive_int),
+    "batch_size": unless_none(positive_int),
     "token_workers": positive_int,
     "result_workers": positive_int,
-    "many": _flag,
-    "key": _unless_none(_function),
-    "refresh_token_on": _unless_none(_failures),
+    "many": checked_bool,
+    "key": unless_none(_function),
+    "refresh_token_on": unless_none(_failures),
     "max_refreshes": positive_int,
-    "return_exceptions": _flag,
-    "window": _unless_none(positive_int),
-    "timeout": _unless_none(positive_seconds),
-    "ordered": _flag,
-    "linger": _unless_none(positive_seconds),
+    "return_exceptions": checked_bool,
+    "window": unless_none(positive_int),
+    "timeout": unless_none(positive_seconds),
+    "ordered": checked_bool,
+    "linger": unless_none(positive_seconds),
 }
 """What makes an option what it is kept as."""

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from twostage.base.checks import check_bool, check_function, positive_seconds
+from twostage.base.checks import check_function, checked_bool, positive_seconds
 from twostage.base.words import brief
 from twostage.errors import JournalError, RecordedFailure
 from twostage.journal.rows import Identity, Row, moment
@@ -132,9 +132,9 @@ class Journal:
             raise TypeError(f"version is {version!r}; expected a str or an int")
         if self.token_ttl is not None:
             positive_seconds(self.token_ttl, "token_ttl")
-        check_bool(self.tokens, "tokens")
-        check_bool(self.retry_failed, "retry_failed")
-        check_bool(self.texts, "texts")
+        checked_bool(self.tokens, "tokens")
+        checked_bool(self.retry_failed, "retry_failed")
+        checked_bool(self.texts, "texts")
         if (self.encode is None) != (self.decode is None):
             raise TypeError("one of encode and decode is given; expected both, or none")
         if self.encode is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -337,9 +336,8 @@ def _shared(settings: Settings, shards: int) -> Settings:
     """Returns a stage's settings with its share of each rate."""
     if settings.stage.rate is None:
         return settings
-    stage = copy.copy(settings.stage)
-    object.__setattr__(stage, "rate", _share(stage.rate, shards))
-    return settings._replace(stage=stage)
+    share = _share(settings.stage.rate, shards)
+    return settings._replace(stage=replace(settings.stage, rate=share))
 
 
 def _share(rate: Rates, shards: int) -> Rates:
