@@ -593,10 +593,7 @@ def test_picture_events_and_trace_are_written_and_the_trace_makes_a_plan(
     assert first.startswith("from 63 attempts for 60 items in ")
     assert [line.split(" items: ")[0].strip() for line in lines] == ["60", "600", "6,000"]
     assert lines[1].endswith("in 8 of 10 cases), 630 calls (630 to 630)")
-    assert (
-        main(("plan", str(trace), "--items", "120", "--result-workers", "1", "--rate", "10"))
-        == 0
-    )
+    assert main(("plan", str(trace), "--items", "120", "--result-workers", "1", "--rate", "10")) == 0
     (_, line) = capsys.readouterr().out.splitlines()
     assert line.startswith("120 items: 11.")
 

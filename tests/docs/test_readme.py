@@ -1,12 +1,16 @@
-"""The README's Python blocks run, in their order, against an API on this machine."""
+"""The READMEs' Python blocks run, page by page, in their order, against APIs on this machine."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,84 +25,146 @@ from twostage.demo.api import EmbeddedApi
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-README = Path(__file__).parents[2] / "README.md"
-TEXT = README.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("twostage/*/README.md")), ROOT / "tests/benchmarks/README.md"]
 FEWER = 200
+NEEDED = {  # what a page's blocks import beside the extra `test`
+    "journal": ["pydantic"],
+    "observing": ["opentelemetry.sdk"],
+    "pace": ["pyrate_limiter", "filelock"],
+}
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SCRIPTS = [block for block in BLOCKS if "__main__" in block]  # which other processes import
 
 
 @pytest.fixture
-def api() -> Iterator[EmbeddedApi]:
-    with EmbeddedApi(token_latency=0.002, result_latency=0.002) as api:
-        yield api
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EmbeddedApi]]:
+    """Has the API that a page starts end with the test, and be quick."""
+    apis: list[EmbeddedApi] = []
+    with ExitStack() as stack:
+
+        def start(**faults: float) -> str:
+            api = EmbeddedApi(token_latency=0.002, result_latency=0.002, faults=faults)
+            apis.append(stack.enter_context(api))
+            return api.url
+
+        monkeypatch.setattr("twostage.demo.serve", start)
+        yield apis
+
+
+class Stories(BaseHTTPRequestHandler):
+    """Answers as Hacker News does, for what the first example asks."""
+
+    def do_GET(self) -> None:
+        kind, _, name = self.path.removeprefix("/v0/").removesuffix(".json").partition("/")
+        answers = {
+            "topstories": list(range(300)),
+            "item": {"by": f"author{name}", "type": "story"},
+            "user": {"id": name, "karma": len(name)},
+        }
+        body = json.dumps(answers[kind]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        """Stays quiet."""
 
 
 @pytest.fixture
-def exports() -> Iterator[EmbeddedApi]:
-    with EmbeddedApi(token_latency=0.002, result_latency=0.002, faults={"pending": 0.5}) as api:
-        yield api
+def hacker_news() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stories) as server:
+        server.daemon_threads = False
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v0"
+        server.shutdown()
+        thread.join()
 
 
-def test_every_block_runs(
-    api: EmbeddedApi,
-    exports: EmbeddedApi,
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.parent.name
+)
+def test_every_block_of_a_page_runs(
+    page: Path,
+    serve: list[EmbeddedApi],
+    hacker_news: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    needs_clients("distributed", "filelock", "opentelemetry.sdk", "pydantic", "pyrate_limiter")
+    needs_clients(*NEEDED.get(page.parent.name, ["pytest"]))
     monkeypatch.chdir(tmp_path)  # where a block makes a file
     module = ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)  # dataclasses look their module up
     names: dict[str, Any] = vars(module)  # what a block defines the next ones use
+    text = page.read_text(encoding="utf-8")
     clients = set()
-    for block in BLOCKS:
-        source = block.replace("https://api.example.com", api.url)
-        source = source.replace("https://exports.example.com", exports.url)
-        source = source.replace("range(1000)", f"range({FEWER})")  # the clients' own work is much
-        if block in SCRIPTS:
-            continue
-        lines_before = TEXT[: TEXT.index(block)].count("\n")
-        exec(compile("\n" * lines_before + source, str(README), "exec", dont_inherit=True), names)  # noqa: S102 - it is ours
-        clients |= {names[name] for name in ("session", "client", "bucket") if name in names}
-        said = [line.replace("1000", str(FEWER)) for line in re.findall(r"print\(.*\)  # (.*)", block)]
-        printed = capsys.readouterr().out.splitlines()
-        assert printed == said or not said
-        if "results = run_two_stage(range(" in block and "Simulated" not in block:
-            number = len(names["results"])
-            assert names["results"] == [result_of(token_of(item)) for item in range(number)]
-        if "for outcome in" in block:
-            assert sorted(int(line.split()[0]) for line in printed) == list(range(FEWER))
-    assert names["exports"] == [result_of(token_of(item)) for item in range(20)]
-    assert exports.answered[202] > 0
-    assert names["orders"] == [[result_of(order) for order in orders_of(item)] for item in range(100)]
-    for client in clients:
-        client.close()
+    with EmbeddedApi(token_latency=0.002, result_latency=0.002) as placeholder:
+        for block in blocks_of(page):
+            if block in SCRIPTS:
+                continue
+            source = block.replace("https://api.example.com", placeholder.url)
+            source = source.replace("https://hacker-news.firebaseio.com/v0", hacker_news)
+            source = source.replace("range(1000)", f"range({FEWER})")  # the clients' own work is much
+            lines_before = text[: text.index(block)].count("\n")
+            exec(compile("\n" * lines_before + source, str(page), "exec", dont_inherit=True), names)  # noqa: S102 - it is ours
+            clients |= {names[name] for name in ("client", "exporter", "session", "bucket") if name in names}
+            said = [line.replace("1000", str(FEWER)) for line in re.findall(r"print\(.*\)  # (.*)", block)]
+            printed = capsys.readouterr().out.splitlines()
+            assert printed == said or not said
+            if "results = run_two_stage(range(" in block and "Simulated" not in block:
+                number = len(names["results"])
+                assert names["results"] == [result_of(token_of(item)) for item in range(number)]
+            if "for outcome in" in block:
+                assert sorted(int(line.split()[0]) for line in printed) == list(range(FEWER))
+        if page == PAGES[0]:
+            assert names["karma"] == [len(f"author{story}") for story in range(200)]
+        if page.parent.name == "answers":
+            assert names["exports"] == [result_of(token_of(item)) for item in range(20)]
+            assert serve[1].answered[202] > 0
+            found = [[result_of(order) for order in orders_of(item)] for item in range(100)]
+            assert names["orders"] == found
+        for client in clients:
+            client.close()
 
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=["processes", "shards"])
-def test_script_prints_what_it_says(block: str, api: EmbeddedApi, tmp_path: Path) -> None:
+def test_script_prints_what_it_says(block: str, tmp_path: Path) -> None:
     if "dask" in block:
         needs_clients("distributed")
     script = tmp_path / "script.py"
-    script.write_text(block.replace("https://api.example.com", api.url), encoding="utf-8")
-    ran = subprocess.run(  # noqa: S603 - it is ours
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=50,
-        env={**os.environ, "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"},
-    )
+    with EmbeddedApi(token_latency=0.002, result_latency=0.002) as api:
+        script.write_text(block.replace("https://api.example.com", api.url), encoding="utf-8")
+        ran = subprocess.run(  # noqa: S603 - it is ours
+            [sys.executable, script],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=50,
+            env={**os.environ, "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"},
+        )
     assert (ran.stdout.splitlines(), ran.stderr) == (re.findall(r"print\(.*\)  # (.*)", block), "")
 
 
 def test_every_block_is_found() -> None:
-    assert len(BLOCKS) == TEXT.count("```python") == 24
+    assert len(BLOCKS) == sum(page.read_text(encoding="utf-8").count("```python") for page in PAGES)
 
 
-def test_telemetry_reaches_the_real_sdk(api: EmbeddedApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / ".github/CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_telemetry_reaches_the_real_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_clients("opentelemetry.sdk")
     import opentelemetry.metrics  # noqa: PLC0415 - it may not be there, and so on
     import opentelemetry.trace  # noqa: PLC0415
@@ -151,7 +217,8 @@ def test_telemetry_reaches_the_real_sdk(api: EmbeddedApi, monkeypatch: pytest.Mo
 
 
 def test_job_that_is_killed_goes_on(tmp_path: Path) -> None:
-    (block,) = [block for block in BLOCKS if 'journal="reports.sqlite"' in block]
+    block, again = (block for block in BLOCKS if 'journal="reports.sqlite"' in block)
+    assert block == again  # on the first page, and on the journal's
     script = tmp_path / "reports.py"
     with EmbeddedApi(token_latency=0.02, result_latency=0.02) as api:
         script.write_text(block.replace("https://api.example.com", api.url), encoding="utf-8")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from twostage.testing import VirtualTime
 
-PAGE = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "twostage" / "pace" / "README.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCK = next(
     block
@@ -154,7 +154,7 @@ def answers(port: int) -> bool:
 
 def on_redis(port: int) -> str:
     """Returns the page's block with a bucket on Redis."""
-    line, guard = re.findall(r"`(bucket = RedisBucket.*)`, and `(with .*:)`", TEXT)[0]
+    line, guard = re.findall(r"`(bucket = RedisBucket.*)`,\s+and\s+`(with .*:)`", TEXT)[0]
     code = BLOCK.replace("SQLiteBucket\n", "RedisBucket\nfrom redis import Redis\n", 1)
     code = re.sub("^bucket = .*", line, code, flags=re.MULTILINE).replace("with lock, bucket.lock:", guard)
     return code.replace('Redis("redis.example.com")', f"Redis(port={port})")
