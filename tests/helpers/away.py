@@ -11,6 +11,10 @@ def double(number: int) -> int:
     return 2 * number
 
 
+async def double_later(number: int) -> int:
+    return 2 * number
+
+
 def doubles(numbers: list[int]) -> list[int]:
     return [2 * number for number in numbers]
 

@@ -16,8 +16,10 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+from away import double, double_later, doubles
 from common import AT_ONCE, until
 from in_shards import iterate_in_shards, run_in_shards
+from pools_of_processes import new_pool
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
 from twostage import (
@@ -782,3 +784,12 @@ def test_shards_are_refused_in_async_code(away: Away) -> None:
         asyncio.run(arun_two_stage(range(3), str, str, shards=shards))
     with refused(TypeError, "shards is given, and can't be awaited; expected run_two_stage"):
         aiter_two_stage(range(3), str, str, shards=shards)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="InterpreterPoolExecutor is new in Python 3.14")
+def test_shards_run_in_other_interpreters() -> None:
+    with new_pool("interpreters") as executor:
+        for fetch_tokens, fetch_result in ((doubles, double), (doubles, double_later)):
+            shards = Shards(executor, at_once=2, size=7)
+            found = run_two_stage(range(30), fetch_tokens, fetch_result, batch_size=5, shards=shards)
+            assert found == [4 * number for number in range(30)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -12,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol, cast
 
 from twostage.base.as_completed import AsCompleted
+from twostage.base.threads import background_thread
 from twostage.core.coordinator import Message
 from twostage.job.sources import DirectReader, Source, TaskReader, ThreadReader
 from twostage.running.async_executor import AsyncExecutor
@@ -21,6 +21,7 @@ from twostage.running.pool import PoolRunner
 from twostage.running.tasks import TaskRunner
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Sequence
 
     from twostage.base.as_completed import Event, Handler
@@ -106,18 +107,15 @@ class ThreadDriver:
 
     def start(self, coordinator: Coordinator) -> None:
         # A daemon, or a script that has left its iterator somewhere would never end.
-        self._thread = threading.Thread(
-            target=copy_context().run,  # predicates and callbacks of the user's run there
-            args=(
-                _drive,
-                coordinator,
-                self._completions,
-                partial(_join, self._runners, self._loop),
-                self._tell,
-                self._callers,
-            ),
-            name="twostage-coordinator",
-            daemon=True,
+        self._thread = background_thread(
+            "twostage-coordinator",
+            copy_context().run,  # predicates and callbacks of the user's run there
+            _drive,
+            coordinator,
+            self._completions,
+            partial(_join, self._runners, self._loop),
+            self._tell,
+            self._callers,
         )
         self._thread.start()
 

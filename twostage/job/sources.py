@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextvars import copy_context
@@ -15,10 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.base.records import Call
 from twostage.base.runner import Runner
+from twostage.base.threads import background_thread
 from twostage.base.words import brief, without_our_frames
 from twostage.running.callers_loop import Turn
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Sequence
 
     from twostage.base.as_completed import AsCompleted, Handler
@@ -159,9 +160,7 @@ class ThreadReader(Runner):
         for call in calls:
             self._queue.put(call)
         if self._thread is None and calls and not self._stopped:
-            thread = threading.Thread(
-                target=self._variables.run, args=(self._read_on,), name="twostage-source", daemon=True
-            )
+            thread = background_thread("twostage-source", self._variables.run, self._read_on)
             thread.start()
             self._thread = thread  # one that could not be started reads nothing, and closes nothing
 

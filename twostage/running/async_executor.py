@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
+from twostage.base.threads import background_thread
 from twostage.base.words import without_our_frames
 from twostage.running.processes import name_of
 
@@ -250,7 +251,7 @@ class _LoopThread:
 
     def _start(self) -> asyncio.AbstractEventLoop:
         made: Future[asyncio.AbstractEventLoop] = Future()
-        thread = threading.Thread(target=self._run, args=(made,), name="twostage-loop", daemon=True)
+        thread = background_thread("twostage-loop", self._run, made)
         thread.start()
         loop = made.result()
         self._thread = thread
