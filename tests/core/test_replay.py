@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from twostage.base.as_completed import Event, Handler
     from twostage.base.records import Call
     from twostage.base.runner import Runner, Work
-    from twostage.core.coordinator import Coordinator, Message
+    from twostage.core.coordinator import Coordinator
+    from twostage.core.moments import Message
 
 Key = tuple[str, int]
 """A call: its stage, and its first item's index."""

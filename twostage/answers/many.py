@@ -27,7 +27,7 @@ class Many:
     def _spread(self, batch: Batch, outcomes: Sequence[AnyOutcome]) -> list[ListedToken]:
         """Returns a call for each token of items that have a list of them; one that has none is done."""
         having = self._checked(batch, outcomes)
-        self._job.hears_of_tokens(having)
+        self._job.hears.tell_tokens(having)
         return self._calls(having)
 
     def _checked(self, batch: Batch, outcomes: Sequence[AnyOutcome]) -> list[AnyOutcome]:

@@ -54,9 +54,9 @@ class Refreshing:
     def send_back(self, line: Line, call: Call, members: Sequence[Any], error: Exception) -> None:
         """Sends members of a call back, unless they were so too often: then `error` is theirs."""
         others = [member for member in members if not self._goes_back(member)]
-        if line.splits is not None:
-            line.splits.tainted = True
-        if len(members) > 1 and line.splits is not None:
+        if line.refusals is not None:
+            line.refusals.tainted = True
+        if len(members) > 1 and line.refusals is not None:
             line.due += [Batch(half) for half in halves(others)]  # some of them may be innocent
         elif others:
             self._job.fail(line, call, others, error)

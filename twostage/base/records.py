@@ -18,6 +18,7 @@ __all__ = [
     "Member",
     "Outcome",
     "TokenList",
+    "failure_of",
     "item_of",
     "members_of",
     "told",
@@ -237,6 +238,13 @@ Member: TypeAlias = Outcome[Any, Any, Any] | ListedToken
 def members_of(call: Call) -> Sequence[Any]:
     """Returns a batch's members; another call is its own."""
     return call.members if isinstance(call, Batch) else (call,)
+
+
+def failure_of(outcome: Outcome[Any, Any, Any], *, many: bool) -> Exception | None:
+    """Returns an item's failure, also that of one of its tokens if it has `many`."""
+    if outcome.exception is not None or not many:
+        return outcome.exception
+    return next((one for one in outcome.result if isinstance(one, Exception)), None)
 
 
 def item_of(member: Member) -> Outcome[Any, Any, Any]:

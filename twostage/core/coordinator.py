@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from heapq import heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from twostage.base.records import Batch, Call, Outcome, members_of, told
 from twostage.base.words import add_note, without_our_frames
+from twostage.core.moments import Hears, Message
 from twostage.errors import RunTimeout
 from twostage.failing.retry import Answer, Fail, Late, Retry
 
@@ -22,66 +23,13 @@ if TYPE_CHECKING:
     from twostage.core.lines import Judged, Line
     from twostage.core.reading import Reading
 
-__all__ = ["LEAST_IN_PROGRESS", "Coordinator", "Message"]
+__all__ = ["LEAST_IN_PROGRESS", "Coordinator"]
 
 LEAST_IN_PROGRESS = 256
 """The floor of the in-progress bound: with less, calls of no latency starve the pools of threads."""
 
 Answered: TypeAlias = "tuple[Sequence[Any], Sequence[Any], BaseException | None]"
 """Members of a call that have an answer, and the answers; and the failure of an attempt as a whole."""
-
-
-class Message(NamedTuple):
-    """What a coordinator tells the caller's thread.
-
-    Attributes:
-        outcomes: To be handed over, in this order.
-        wanted: How many more batches the source is to be asked for.
-        leave: Whether it is to be read no more, not even what was wanted; `source_left` is to be told then.
-        ended: Whether this is the last message.
-        error: Why the job ended early, to be raised after the outcomes.
-    """
-
-    outcomes: list[AnyOutcome]
-    wanted: int
-    leave: bool
-    ended: bool
-    error: BaseException | None
-
-
-class Hears:
-    """What the parts of a job hear of: functions, none where nobody wants to. Who comes first is told first.
-
-    Attributes:
-        begins: That the job is about to begin, in the caller's thread; and the time.
-        closes: That nothing goes on any more, whoever tells; maybe twice.
-        read: Takes items that were read, and their keys; returns those that are still to be asked for.
-        tokens: Items that have their tokens now.
-        results: Members of a call that have an answer, and the answers.
-        given: Members whose answer was given by a policy, as its last word.
-        failed: A line, its members that have failed, how, and whether that may pass.
-        done: Each outcome.
-        attempts: A line, a call, its first member and its size, the number of answers, the failure.
-        retries: A line, members of a call, their failure, the attempt's number, and when they are due.
-        before_message: That outcomes are about to be handed over.
-        handled: What was told, if anything, at the end of each `handle`.
-        due: Is asked when to be called again.
-    """
-
-    def __init__(self) -> None:
-        self.begins: list[Callable[[float], None]] = []
-        self.closes: list[Callable[[], None]] = []
-        self.read: list[Callable[[list[AnyOutcome], Any], list[AnyOutcome]]] = []
-        self.tokens: list[Callable[[Sequence[AnyOutcome]], None]] = []
-        self.results: list[Callable[[Sequence[Member], Sequence[Any]], None]] = []
-        self.given: list[Callable[[Sequence[Member]], None]] = []
-        self.failed: list[Callable[[int, Sequence[Member], Exception, bool], None]] = []
-        self.done: list[Callable[[AnyOutcome], None]] = []
-        self.attempts: list[Callable[[Line, Call, Member, int, int, BaseException | None], None]] = []
-        self.retries: list[Callable[[Line, Sequence[Member], Exception | None, int, float], None]] = []
-        self.before_message: list[Callable[[], None]] = []
-        self.handled: list[Callable[[Message | None], None]] = []
-        self.due: list[Callable[[], float]] = []
 
 
 class Coordinator:
@@ -164,8 +112,8 @@ class Coordinator:
         for hear in self.hears.before_message:
             hear()
         message = self._message()
-        for told_of in self.hears.handled:
-            told_of(message)
+        for hear_of in self.hears.handled:
+            hear_of(message)
         if message is not None and message.ended:
             self.hears = Hears()  # a part may hold the last failure, whose traceback leads back here
         return message
@@ -249,22 +197,16 @@ class Coordinator:
         """Fans a batch's tokens out to stage two, those of them that have come."""
         line, first, size = self.lines[0], batch.members[0], len(batch.members)
         outcomes, tokens, failure = self.ended(line, batch, answer, error)
-        attempts = batch.attempts
         for outcome, token in zip(outcomes, tokens, strict=True):
             outcome.token = token
-            outcome.token_attempts = attempts
+            outcome.token_attempts = batch.attempts
         if self.spread is None:
-            self.hears_of_tokens(outcomes)
+            self.hears.tell_tokens(outcomes)
         calls = outcomes if self.spread is None else self.spread(batch, outcomes)
         if not self.ending:
             self.lines[1].waiting.extend(calls)
         for tell in self.hears.attempts:
             tell(line, batch, first, size, len(calls), failure)
-
-    def hears_of_tokens(self, outcomes: Sequence[AnyOutcome]) -> None:
-        """Hears of items that have their tokens."""
-        for hear in self.hears.tokens:
-            hear(outcomes)
 
     def results_ended(self, call: Call, answer: object, error: BaseException | None) -> None:
         """Finishes items with their results, those of them that have come."""
@@ -306,8 +248,8 @@ class Coordinator:
             values = None
         if values is None:
             members, values = self._carry_out(line, call, judged)
-        if line.splits is not None:
-            line.splits.ended(cast("Batch", call), accepted=bool(members))
+        if line.refusals is not None:
+            line.refusals.ended(cast("Batch", call), accepted=bool(members))
         return members, values, error
 
     def enter(self, number: int) -> None:
@@ -343,7 +285,7 @@ class Coordinator:
                 answered += members
                 answers.append(verdict.value)
                 if verdict.given:
-                    self._hear_of_given(members)
+                    self.hears.tell_given(members)
             elif self.ending:
                 continue
             elif isinstance(verdict, Fail):
@@ -351,7 +293,7 @@ class Coordinator:
             elif isinstance(verdict, Late):
                 failed.append((members, Fail(verdict.failure or self.time_out(), may_pass=True)))
             elif isinstance(verdict, Retry):
-                self._tell_of_retry(line, members, error, attempt, verdict.due)
+                self.hears.tell_retry(line, members, error, attempt, verdict.due)
                 self._delay(line, call, members, verdict.due)
             elif self.send_back is not None:
                 self.send_back(line, call, members, verdict.error)
@@ -359,19 +301,9 @@ class Coordinator:
             self._fail_or_split(line, call, failed)  # last, as it may be the job's end
         return answered, answers
 
-    def _tell_of_retry(
-        self, line: Line, members: Sequence[Any], error: Exception | None, attempt: int, due: float
-    ) -> None:
-        for tell in self.hears.retries:
-            tell(line, members, error, attempt, due)
-
-    def _hear_of_given(self, members: Sequence[Any]) -> None:
-        for hear in self.hears.given:
-            hear(members)
-
     def _fail_or_split(self, line: Line, call: Call, failed: Sequence[tuple[Sequence[Any], Fail]]) -> None:
         for members, fail in failed:
-            if line.splits is None or not line.splits.takes(call, members, fail.error):
+            if line.refusals is None or not line.refusals.takes(call, members, fail.error):
                 self.fail(line, call, members, fail.error, may_pass=fail.may_pass)
 
     def _delay(self, line: Line, call: Call, members: Sequence[Any], due: float) -> None:
@@ -435,16 +367,16 @@ class Coordinator:
         refused, line.refused = line.refused, []
         for call, error in refused:
             self.fail(line, call, members_of(call), error)
-            if line.splits is not None:
-                line.splits.refused_by_gate(cast("Batch", call))
+            if line.refusals is not None:
+                line.refusals.refused_by_gate(cast("Batch", call))
 
     def _start_items(self, line: Line, now: float) -> None:
         """Starts batches of the first stage: what has come back at once, the rest within the bound."""
-        # Items of many tokens fill the window too: then no more are begun, though they have been read.
+        # Tokens beyond one an item fill the window too: then no more are begun, though they have been read.
         room_to_read = self.reading.room
         bound = self.bound
         if self.handing.surplus_tokens and room_to_read < 0:
-            # But one if nothing else goes on: a journal's tokens overtake items that they wait for, in order.
+            # But one if nothing else goes on: tokens that were there may overtake items that they wait for, in order.
             bound = 0 if self.in_progress or self.delayed else 1
         while line.back and line.room(now) > 0:
             batch, fresh = line.take_returned(bound - self.in_progress)
@@ -463,7 +395,7 @@ class Coordinator:
 
     def _ask(self) -> int:
         """Asks for more batches of the source: as much as one bound may be read and not started."""
-        passed = self.in_progress >= 2 * self.bound  # as by what goes on from a journal
+        passed = self.in_progress >= 2 * self.bound  # as by tokens that were there
         return 0 if self.ending or passed else self.reading.ask(self.bound - len(self.lines[0].waiting))
 
     # --- ends

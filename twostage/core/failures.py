@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from twostage.base.checks import positive_int
+from twostage.base.records import failure_of
 from twostage.base.words import brief
 from twostage.errors import TooManyFailures
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
 
-__all__ = ["FailureLimit", "failure_of"]
+__all__ = ["FailureLimit"]
 
 RECENT = 100
 LEAST_RECENT = 20
@@ -91,10 +92,3 @@ class FailureLimit:
         )
         error.__cause__ = last
         return error
-
-
-def failure_of(outcome: AnyOutcome, *, many: bool) -> Exception | None:
-    """Returns an item's failure, also that of one of its tokens if it has `many`."""
-    if outcome.exception is not None or not many:
-        return outcome.exception
-    return next((one for one in outcome.result if isinstance(one, Exception)), None)

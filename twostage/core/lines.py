@@ -74,7 +74,7 @@ class Line:
         pace: What the API bears; a gate while that is less than the stage could.
         slots: Whether an exception among a call's values is a failure, that of its member alone.
         batch_size: How many of those that wait a call takes at most; `None` if each is a call by itself.
-        splits: Which refused batches are split; `None` for none.
+        refusals: What else there is for calls that fail; `None` for nothing.
         gates: What else may hold starts back. What was handed over can't be held, so with gates
             `limit` is the number that may run.
         timed: Whether the runner gives up attempts that take too long.
@@ -98,7 +98,7 @@ class Line:
         *,
         slots: bool = False,
         batch_size: int | None = None,
-        splits: Refusals | None = None,
+        refusals: Refusals | None = None,
         gates: Sequence[Gate] = (),
         timed: bool = False,
         observed: bool = False,
@@ -112,7 +112,7 @@ class Line:
         self.pace = pace
         self.slots = slots
         self.batch_size = batch_size
-        self.splits = splits
+        self.refusals = refusals
         self.gates: list[Gate] = [*gates, pace] if pace.slows else list(gates)
         self.timed = timed
         self.observed = observed
@@ -305,8 +305,8 @@ class Line:
         """Drops all that waits here; returns it, and the failure that it had."""
         waiting = Batch(list(self.waiting)), Batch(list(self.back))
         dropped: list[tuple[Call, Exception | None]] = [(call, None) for call in (*self.due, *waiting)]
-        if self.splits is not None:
-            dropped += self.splits.take_waiting()
+        if self.refusals is not None:
+            dropped += self.refusals.take_waiting()
         self.due.clear()
         self.waiting.clear()
         self.back.clear()

@@ -162,8 +162,8 @@ def _coordinator(
         timeout=options.timeout,
     )
     for line in lines:
-        if line.splits is not None:
-            line.splits.attach(coordinator, line)
+        if line.refusals is not None:
+            line.refusals.attach(coordinator, line)
     if first.many:
         Many(coordinator)
     parts_of(

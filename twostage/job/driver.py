@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from twostage.base.as_completed import AsCompleted
 from twostage.base.threads import background_thread
-from twostage.core.coordinator import Message
+from twostage.core.moments import Message
 from twostage.job.sources import DirectReader, Source, TaskReader, ThreadReader
 from twostage.running.async_executor import AsyncExecutor
 from twostage.running.callers_loop import CallersLoop

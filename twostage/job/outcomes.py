@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from twostage.base.records import Outcome
-    from twostage.core.coordinator import Coordinator, Message
+    from twostage.core.coordinator import Coordinator
+    from twostage.core.moments import Message
     from twostage.job.driver import AsyncDriver, Driver
     from twostage.job.sources import AsyncSource, Source
 

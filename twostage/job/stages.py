@@ -180,7 +180,7 @@ def line_of(
         ),
         slots=batch_size is not None,
         batch_size=1 if one and batch_size is None else batch_size,
-        splits=Splits.of(stage.bisect) if batch_size is not None and repeats(settings.retry) else None,
+        refusals=Splits.of(stage.bisect) if batch_size is not None and repeats(settings.retry) else None,
         gates=gates,
         timed=stage.attempt_timeout is not None,
         observed=bool(listeners.attempt_ended),

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from twostage.base.options import JobOptions
     from twostage.base.records import Call, Member
-    from twostage.core.coordinator import Coordinator, Message
+    from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
     from twostage.core.lines import Line
+    from twostage.core.moments import Message
     from twostage.job.stages import Settings
 
 __all__ = ["Telling", "began", "listeners_of"]

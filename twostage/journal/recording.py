@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from twostage.base.options import JobOptions
-    from twostage.core.coordinator import Coordinator, Message
+    from twostage.core.coordinator import Coordinator
     from twostage.core.handover import AnyOutcome
+    from twostage.core.moments import Message
     from twostage.journal.recorder import Recorder
 
 __all__ = ["Recording", "identity_of", "journal_of", "recorder_for"]

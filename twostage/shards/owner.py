@@ -278,7 +278,7 @@ def build_sharded(
         _ShardJudge(),
         Pace(1, at_once, pause=False, patience=1.0, adaptive=False, tell=_hear_nothing),
         batch_size=size,
-        splits=splits,
+        refusals=splits,
     )
     line.name = "a shard"
     owner = Coordinator(

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twostage.base.records import failure_of
 from twostage.base.words import without_our_frames
-from twostage.core.failures import failure_of
 from twostage.errors import RunTimeout
 from twostage.job.building import build
 from twostage.job.outcomes import Outcomes
