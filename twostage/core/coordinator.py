@@ -376,7 +376,7 @@ class Coordinator:
         room_to_read = self.reading.room
         bound = self.bound
         if self.handing.surplus_tokens and room_to_read < 0:
-            # But one if nothing else goes on: tokens that were there may overtake items that they wait for, in order.
+            # But one if nothing else goes on: in order, tokens that were there wait for items behind them.
             bound = 0 if self.in_progress or self.delayed else 1
         while line.back and line.room(now) > 0:
             batch, fresh = line.take_returned(bound - self.in_progress)
