@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import Run, each_way
 from fakes import Fake, each, in_virtual_time, notes, outcomes_of, stage
+from forms import Run, each_way
 from tenacity import RetryError, Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import MissingToken, Stage, is_transient, iter_two_stage, run_two_stage

@@ -12,8 +12,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import Run, each_way, run
 from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
+from forms import Run, each_way, run
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import BatchLengthError, iter_two_stage

@@ -9,8 +9,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import Run, each_way, run
 from fakes import Array, ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, stage
+from forms import Run, each_way, run
 from tenacity import Retrying, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import iter_two_stage

@@ -9,8 +9,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, Run, each_way, run
+from common import ALWAYS
 from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, stage
+from forms import Run, each_way, run
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import iter_two_stage

@@ -7,8 +7,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import Run, books, each_way
+from common import books
 from fakes import Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
+from forms import Run, each_way
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from twostage import BatchLengthError, MissingToken, is_transient, iter_two_stage, run_two_stage

@@ -11,8 +11,8 @@ from itertools import count, cycle, islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import Run, each_way, run
 from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
+from forms import Run, each_way, run
 from tenacity import Retrying, stop_after_attempt, wait_none
 
 from twostage import iter_two_stage

@@ -7,16 +7,16 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from common import needs_clients, until
+from servers import Quiet, serving, url_of
 
 from twostage import Journal, run_two_stage
 from twostage.demo.answers import orders_of, result_of, token_of
@@ -58,7 +58,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EmbeddedApi]]:
         yield apis
 
 
-class Stories(BaseHTTPRequestHandler):
+class Stories(Quiet):
     """Answers as Hacker News does, for what the first example asks."""
 
     def do_GET(self) -> None:
@@ -68,25 +68,15 @@ class Stories(BaseHTTPRequestHandler):
             "item": {"by": f"author{name}", "type": "story"},
             "user": {"id": name, "karma": len(name)},
         }
-        body = json.dumps(answers[kind]).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Stays quiet."""
+        self.answer(200, json.dumps(answers[kind]).encode())
 
 
 @pytest.fixture
 def hacker_news() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stories) as server:
-        server.daemon_threads = False
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/v0"
-        server.shutdown()
-        thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stories)
+    server.daemon_threads = False
+    with serving(server):
+        yield f"{url_of(server)}/v0"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ from __future__ import annotations
 import json
 import socket
 import socketserver
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -17,6 +15,7 @@ import aiohttp
 import pytest
 from common import needs_clients
 from requesting import aiohttp_get, failure_of, httpx_get, requests_get, urllib3_get_checked, urllib_get
+from servers import Quiet, serving, url_of
 
 needs_clients()
 
@@ -101,7 +100,7 @@ THROTTLED = Taken(transient=True, throttled=True, outage=False)
 OUTAGE = Taken(transient=True, throttled=False, outage=True)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     """Gives the answer that the test has ordered, or ends the connection if that is `None`."""
 
     server: Server
@@ -115,19 +114,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert self.server.answer is not None
         self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        body = self.server.answer.body()
-        self.send_response_only(self.server.answer.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        for name, value in (headers | self.server.answer.headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        headers = {"Content-Type": "application/json", **self.server.answer.headers}
+        self.answer(self.server.answer.status, self.server.answer.body(), headers)
 
     def do_POST(self) -> None:
         self.do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Stays quiet."""
 
 
 class Server(socketserver.TCPServer):
@@ -137,17 +128,13 @@ class Server(socketserver.TCPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return url_of(self)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as http_server:
-        thread = threading.Thread(target=http_server.serve_forever, args=(0.02,))
-        thread.start()
+    with serving(Server(("127.0.0.1", 0), Handler)) as http_server:
         yield http_server
-        http_server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import pytest
 from common import PATIENCE
 
-from twostage import Outcome, aiter_two_stage, arun_two_stage
+from twostage import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -17,36 +16,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 AnyOutcome: TypeAlias = Outcome[Any, Any, Any]
-
-
-def arun(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    return asyncio.run(arun_two_stage(*args, **settings))
-
-
-def aiterate(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    async def main() -> list[Any]:
-        results = {}
-        async with aiter_two_stage(*args, **settings) as outcomes:
-            async for outcome in outcomes:
-                assert outcome.index not in results
-                results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
-        return [results[index] for index in sorted(results)]
-
-    return asyncio.run(main())
-
-
-def aiterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    async def main() -> list[Any]:
-        async with aiter_two_stage(*args, ordered=True, **settings) as outcomes:
-            return [
-                outcome.result if outcome.exception is None else outcome.exception
-                async for outcome in outcomes
-            ]
-
-    return asyncio.run(main())
-
-
-each_async_way = pytest.mark.parametrize("job", [arun, aiterate, aiterate_in_order])
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -13,12 +13,12 @@ import weakref
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pytest
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
-from twostage import is_transient, iter_two_stage, run_two_stage
+from twostage import is_transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from twostage.core.coordinator import Coordinator
 
 PartT = TypeVar("PartT")
-Run: TypeAlias = "Callable[..., list[Any]]"
-
 PATIENCE: Final = 20.0  # seconds: for what is at hand in moments, or never
 ALWAYS: Final = Retrying(
     retry=retry_if_exception(lambda _: True), stop=stop_after_attempt(5), wait=wait_none()
@@ -42,24 +40,6 @@ class LeaveError(BaseException):
     """One that is no `Exception`, as a user may have it."""
 
 
-def run(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    return run_two_stage(*args, **settings)
-
-
-def iterate(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    results = {}
-    with iter_two_stage(*args, **settings) as outcomes:
-        for outcome in outcomes:
-            assert outcome.index not in results
-            results[outcome.index] = outcome.result if outcome.exception is None else outcome.exception
-    return [results[index] for index in sorted(results)]
-
-
-def iterate_in_order(*args: Any, **settings: Any) -> list[Any]:  # noqa: ANN401 - any job
-    with iter_two_stage(*args, ordered=True, **settings) as outcomes:
-        return [outcome.result if outcome.exception is None else outcome.exception for outcome in outcomes]
-
-
 HTTP_CLIENTS: Final = ("azure.core", "botocore", "google.api_core", "grpc", "httpx2", "openai")
 
 
@@ -70,9 +50,6 @@ def needs_clients(*modules: str) -> None:
         # Not by importing it: from then on Dask has exceptions be unpickled in another way.
         if find_spec(package) is None or find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install '.[test-clients]'", allow_module_level=True)
-
-
-each_way = pytest.mark.parametrize("job", [run, iterate, iterate_in_order])
 
 
 async def as_it_is(argument: Any) -> Any:  # noqa: ANN401 - of both stages

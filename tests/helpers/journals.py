@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from common import run
+from forms import run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from common import Run
+    from forms import Run
 
 
 class Api:

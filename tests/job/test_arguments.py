@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock
 
 import pytest
-from common import run
+from forms import run
 
 from twostage import Stage, aiter_two_stage, arun_two_stage, iter_two_stage, run_two_stage
 from twostage.base.options import JobOptions

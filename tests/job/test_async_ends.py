@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
-from asynchronous import aiterate, aiterate_in_order, arun, each_async_way, patiently, turns, until
+from asynchronous import patiently, turns, until
 from common import ALWAYS, PATIENCE, LeaveError, nothing_collected, ours
 from common import until as until_in_threads
+from forms import aiterate, aiterate_in_order, arun, each_async_way
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from twostage import Stage, aiter_two_stage, arun_two_stage
@@ -21,7 +22,7 @@ from twostage import Stage, aiter_two_stage, arun_two_stage
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
-    from common import Run
+    from forms import Run
 
 WORKERS: Final = 3
 QUICK: Final = 0

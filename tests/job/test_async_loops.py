@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import uvloop
-from asynchronous import arun, each_async_way, patiently, turns
+from asynchronous import patiently, turns
 from common import PATIENCE, ours
 from common import until as until_in_threads
 from fakes import stage
+from forms import arun, each_async_way
 from scripts import STRICT, interrupt_when, running
 
 from twostage import (
@@ -36,7 +37,7 @@ from twostage.demo.api import EmbeddedApi
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-    from common import Run
+    from forms import Run
 
     from twostage import AsyncOutcomes
 

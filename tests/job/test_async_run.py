@@ -9,9 +9,10 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from asynchronous import aiterate, arun, each_async_way, patiently, until
+from asynchronous import patiently, until
 from common import AT_ONCE, WeakItem, WeakItems, nothing_collected, ours
 from fakes import ExpiredError, Fake, each, in_virtual_time, refusing, stage
+from forms import aiterate, arun, each_async_way
 
 from twostage import (
     MissingToken,
@@ -29,7 +30,7 @@ from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from common import Run
+    from forms import Run
 
 pytestmark = pytest.mark.usefixtures("asyncio_is_quiet")
 

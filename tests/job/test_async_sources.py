@@ -9,9 +9,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from asynchronous import arun, each_async_way, patiently, turns, until
+from asynchronous import patiently, turns, until
 from common import PATIENCE, LeaveError, ours
 from fakes import each, in_virtual_time
+from forms import arun, each_async_way
 
 from twostage import RunTimeout, aiter_two_stage, arun_two_stage
 from twostage.job.sources import LONGEST_READ
@@ -19,7 +20,7 @@ from twostage.job.sources import LONGEST_READ
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
-    from common import Run
+    from forms import Run
 
 pytestmark = pytest.mark.usefixtures("asyncio_is_quiet")
 

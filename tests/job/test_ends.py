@@ -15,17 +15,15 @@ from common import (
     ALWAYS,
     PATIENCE,
     LeaveError,
-    Run,
     WeakItems,
     books,
-    each_way,
     frames,
-    iterate_in_order,
     nothing_collected,
     ours,
     source_of,
     until,
 )
+from forms import Run, each_way, iterate_in_order
 from tenacity import (
     Retrying,
     retry_if_exception_type,

@@ -10,7 +10,8 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, Run, each_way, ours, source_of
+from common import ALWAYS, ours, source_of
+from forms import Run, each_way
 from scripts import ran
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, PATIENCE, Run, each_way, nothing_collected, ours, run, source_of, until
+from common import ALWAYS, PATIENCE, nothing_collected, ours, source_of, until
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, refusing, stage
+from forms import Run, each_way, run
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from twostage import RunTimeout, TooManyFailures, iter_two_stage, run_two_stage

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import PATIENCE, Run, books, each_way, nothing_collected, ours, run, source_of, until
+from common import PATIENCE, books, nothing_collected, ours, source_of, until
 from fakes import AnyOutcome, ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
+from forms import Run, each_way, run
 from tenacity import Retrying, TryAgain, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
 from twostage import RunTimeout, Throttled, iter_two_stage, run_two_stage

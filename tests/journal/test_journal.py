@@ -9,7 +9,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, AT_ONCE, each_way, iterate, part, run
+from common import ALWAYS, AT_ONCE, part
+from forms import each_way, iterate, run
 from journals import Api, results_of
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_attempt
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 NOT_FOUND = 404
 UNAVAILABLE = 503

@@ -10,7 +10,8 @@ from concurrent.futures import CancelledError, Executor, Future
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import AT_ONCE, each_way, goes_on, ours, run, until
+from common import AT_ONCE, goes_on, ours, until
+from forms import each_way, run
 from tenacity import (
     Retrying,
     retry_if_exception_type,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 UNAUTHORIZED = 401
 

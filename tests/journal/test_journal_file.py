@@ -17,7 +17,8 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, iterate_in_order, ours, run
+from common import ours
+from forms import each_way, iterate_in_order, run
 from scripts import ran
 
 from twostage import Journal, JournalError, Stage, iter_two_stage
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 
 def in_a_process(script: str, *arguments: object, **settings: Any) -> subprocess.Popen[str]:  # noqa: ANN401 - Popen's

@@ -12,11 +12,13 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, ClassVar
+from http.server import ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, iterate, run, until
+from common import until
+from forms import each_way, iterate, run
+from servers import Quiet, serving
 
 from twostage import Journal, JournalError, iter_two_stage
 from twostage.journal.file import JournalFile
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 ITEMS = 1500
 BATCH_SIZE = 20
@@ -95,28 +97,19 @@ class Api(ThreadingHTTPServer):
         """The clients are killed: that is no news."""
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     server: Api
     protocol_version = "HTTP/1.1"
-    log_message: ClassVar = lambda *_: None
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = json.dumps(self.server.answer(asked)).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
+        self.answer(200, json.dumps(self.server.answer(asked)).encode())
 
 
 @pytest.fixture
 def api(many: bool) -> Iterator[Api]:  # noqa: FBT001 - the test's parameter
-    with Api(many=many) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(Api(many=many)) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def recorded(path: Path, *, many: bool) -> tuple[set[int], set[str]]:

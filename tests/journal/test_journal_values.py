@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from common import each_way, iterate, run
+from forms import each_way, iterate, run
 from journals import Api, results_of
 
 from twostage import (
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 
 # --- keys

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, run
+from forms import each_way, run
 from pacing import asking
 from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_fixed
 
@@ -33,7 +33,7 @@ from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from common import Run
+    from forms import Run
 
     from twostage import Progress
 

@@ -13,7 +13,7 @@ from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, iterate, run
+from forms import each_way, iterate, run
 from pacing import asking
 
 from twostage import Progress
@@ -21,7 +21,7 @@ from twostage.observing.bar import postfix
 from twostage.testing import SimulatedApi, VirtualTime, sleep
 
 if TYPE_CHECKING:
-    from common import Run
+    from forms import Run
 
 
 @each_way

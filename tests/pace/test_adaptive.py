@@ -7,8 +7,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import each_way
 from fakes import Fake, Made, outcomes_of, stage
+from forms import each_way
 from pacing import AnsweredError, answered_between, asking, failing, most_at_once, starts
 
 from twostage import run_two_stage
@@ -18,7 +18,7 @@ from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from common import Run
+    from forms import Run
 
 ROUND_TRIP: Final = 0.1
 

@@ -10,8 +10,8 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import each_way
 from fakes import ExpiredError, Fake, each, in_virtual_time, outcomes_of, stage
+from forms import each_way
 from pacing import Outages, answered_between, asking, failing, first_of, most_at_once, starts
 from requesting import httpx_get, requests_get
 from tenacity import (
@@ -30,7 +30,7 @@ from twostage.testing import ApiError, SimulatedApi, VirtualTime, sleep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from common import Run
+    from forms import Run
 
 SINCE: Final = 5.0
 """When the outages of most tests begin: in the middle of the job."""

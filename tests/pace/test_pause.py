@@ -11,16 +11,18 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from itertools import chain, pairwise, repeat
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
-from common import PATIENCE, each_way
+from common import PATIENCE
 from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, stage
+from forms import each_way
 from pacing import AnsweredError, asking, failing, first_of, most_at_once, starts
+from servers import Quiet
 from tenacity import (
     Retrying,
     retry_if_exception,
@@ -35,7 +37,7 @@ from twostage.testing import ApiError, VirtualTime, sleep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from common import Run
+    from forms import Run
 
 DATE = datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)
 
@@ -418,7 +420,7 @@ class Server(ThreadingHTTPServer):
         self.asked_at = 0.0
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     server: Server
     protocol_version = "HTTP/1.1"
 
@@ -431,17 +433,11 @@ class Handler(BaseHTTPRequestHandler):
             server.all_there.wait(PATIENCE)
         if place == 0:
             server.asked_at = time.monotonic()
-            self.send_response(429)
-            self.send_header("Retry-After", "1")
+            self.answer(429, headers={"Retry-After": "1"})
         else:
             if place < 4 and server.go_on is not None:
                 server.go_on.wait(PATIENCE)
-            self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        pass
+            self.answer(200)
 
 
 @pytest.mark.usefixtures("no_proxy")

@@ -20,8 +20,9 @@ from operator import add, itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from common import ALWAYS, LeaveError, each_way, frames, until
+from common import ALWAYS, LeaveError, frames, until
 from fakes import ExpiredError, Fake, each, in_virtual_time, notes, outcomes_of, refusing, stage
+from forms import each_way
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 Item: TypeAlias = dict[str, int]
 

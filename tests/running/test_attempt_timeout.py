@@ -11,15 +11,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import (
-    AT_ONCE,
-    LeaveError,
-    Run,
-    each_way,
-    given_up_in,
-    run,
-)
+from common import AT_ONCE, LeaveError, given_up_in
 from fakes import Fake, each, in_virtual_time, notes, outcomes_of, stage
+from forms import Run, each_way, run
 from tenacity import (
     Retrying,
     retry_if_exception,

@@ -8,7 +8,8 @@ from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import AT_ONCE, each_way, run
+from common import AT_ONCE
+from forms import each_way, run
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_none
 
 from twostage import Rate, Stage, iter_two_stage, run_two_stage
@@ -16,7 +17,7 @@ from twostage import Rate, Stage, iter_two_stage, run_two_stage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from common import Run
+    from forms import Run
 
     from twostage.testing import VirtualTime
 

@@ -11,16 +11,9 @@ from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import (
-    PATIENCE,
-    Run,
-    as_it_is,
-    each_way,
-    ours,
-    source_of,
-    until,
-)
+from common import PATIENCE, as_it_is, ours, source_of, until
 from fakes import each, stage
+from forms import Run, each_way
 from scripts import interrupt_when, running
 from test_interrupt import Interrupter, World, interrupt, interrupt_everywhere
 

@@ -10,21 +10,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import (
-    ALWAYS,
-    AT_ONCE,
-    PATIENCE,
-    LeaveError,
-    Run,
-    as_it_is,
-    each_way,
-    frames,
-    nothing_collected,
-    ours,
-    run,
-    until,
-)
+from common import ALWAYS, AT_ONCE, PATIENCE, LeaveError, as_it_is, frames, nothing_collected, ours, until
 from fakes import notes, outcomes_of, stage
+from forms import Run, each_way, run
 
 from twostage import (
     iter_two_stage,

@@ -23,18 +23,15 @@ from common import (
     PATIENCE,
     Clock,
     LeaveError,
-    Run,
     as_it_is,
-    each_way,
     given_up_in,
     goes_on,
-    iterate,
     nothing_collected,
     ours,
-    run,
     until,
 )
 from fakes import each, outcomes_of, stage
+from forms import Run, each_way, iterate, run
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_none
 
 from twostage import AttemptTimeout, iter_two_stage

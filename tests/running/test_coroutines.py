@@ -13,8 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import AT_ONCE, PATIENCE, Clock, Run, as_it_is, books, each_way, ours, run, until
+from common import AT_ONCE, PATIENCE, Clock, as_it_is, books, ours, until
 from fakes import ExpiredError, each, outcomes_of, refusing, stage
+from forms import Run, each_way, run
 from pacing import asking
 from scripts import ran
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed

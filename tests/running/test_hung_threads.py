@@ -28,13 +28,13 @@ from common import (
     LeaveError,
     books,
     given_up_in,
-    iterate,
     nothing_collected,
     ours,
     switching,
     until,
 )
 from fakes import each, stage
+from forms import iterate
 from scripts import running
 from tenacity import (
     Retrying,

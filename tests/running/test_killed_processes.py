@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from away import die_at, double, fail_until_the_end
-from common import PATIENCE, iterate, iterate_in_order, needs_clients, run
+from common import PATIENCE, needs_clients
+from forms import iterate, iterate_in_order, run
 from pools_of_processes import PROCESSES, new_pool
 from scripts import ran, running
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 
 @pytest.mark.parametrize("kind", PROCESSES)

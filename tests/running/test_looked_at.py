@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from common import PATIENCE, as_it_is, each_way, until
+from common import PATIENCE, as_it_is, until
+from forms import each_way
 from scripts import running
 
 from twostage import arun_two_stage, run_two_stage
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 NUMBER: Final = 200
 

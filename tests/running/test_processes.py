@@ -20,7 +20,8 @@ import httpx
 import pytest
 import requests
 from away import double, doubles, place, several, where
-from common import ALWAYS, PATIENCE, LeaveError, each_way, needs_clients
+from common import ALWAYS, PATIENCE, LeaveError, needs_clients
+from forms import each_way
 from pools_of_processes import PROCESSES, new_pool
 from tenacity import TryAgain
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 KINDS: Final = (*PROCESSES, "interpreters") if sys.version_info >= (3, 14) else PROCESSES
 URL: Final = "https://api/?key=s3cret"

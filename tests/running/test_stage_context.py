@@ -18,17 +18,15 @@ from common import (
     PATIENCE,
     Clock,
     LeaveError,
-    Run,
     as_it_is,
-    each_way,
     frames,
     given_up_in,
     nothing_collected,
     ours,
-    run,
     until,
 )
 from fakes import each, notes, stage
+from forms import Run, each_way, run
 
 from twostage import AttemptTimeout, RunTimeout, iter_two_stage
 from twostage.demo.answers import token_of

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import ALWAYS, PATIENCE, LeaveError, Run, each_way, run, until
+from common import ALWAYS, PATIENCE, LeaveError, until
+from forms import Run, each_way, run
 
 from twostage import Stage, iter_two_stage, run_two_stage
 

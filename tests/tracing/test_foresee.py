@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import run
+from forms import run
 from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 

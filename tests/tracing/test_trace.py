@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from common import each_way, needs_clients, run
+from common import needs_clients
+from forms import each_way, run
 from pacing import asking
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from common import Run
+    from forms import Run
 
 UNAVAILABLE = 503
 
