@@ -253,11 +253,9 @@ def _line(recorded: Sequence[Recorded]) -> tuple[float, float]:
     points = [(one.size, one.latency) for one in recorded if not one.error[0] and one.size in sizes]
     if len(sizes) < 2:  # noqa: PLR2004 - a line
         return 1.0, 0.0
-    x = sum(size for size, _ in points) / len(points)
-    y = sum(latency for _, latency in points) / len(points)
-    slope = sum((size - x) * (latency - y) for size, latency in points) / sum(
-        (size - x) ** 2 for size, _ in points
-    )
+    at, latencies = zip(*points, strict=True)
+    x, y = statistics.fmean(at), statistics.fmean(latencies)
+    slope = statistics.linear_regression(at, latencies).slope
     slope = min(max(slope, 0.0), y / x)
     return (y - slope * x, slope) if y else (1.0, 0.0)
 
