@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from twostage.base.as_completed import Event
 
 
+gc.disable()  # what is imported and collected from here on stays: looking through it all took over a second
+
+
 def pytest_collection_finish() -> None:
+    gc.enable()
     gc.collect()
     gc.freeze()  # the clients' modules, or each collection below looks at them all
 
