@@ -47,7 +47,7 @@ OF_REQUESTS: Final = {"errors", "spikes", "resets", "truncated", "hangs", "throt
 LOST: Final = {ConnectionResetError, http.client.IncompleteRead, TimeoutError}
 """How a call can end that was carried out."""
 
-NUMBER: Final = 2000
+NUMBER: Final = 1000
 ITEMS: Final[Sequence[Item]] = [f"id {number}" if number % 2 else number for number in range(NUMBER)]
 BATCH_SIZE: Final = 25
 TOKEN_WORKERS: Final = 4
@@ -161,7 +161,7 @@ def test_job_goes_through_all_faults(form: Callable[..., list[Any]], *, many: bo
     assert list(FAULTS) == list(answers.FAULTS)
     with (
         EmbeddedApi(
-            token_latency=0.004, result_latency=0.004, faults=FAULTS, seed=3, outage_after=1000
+            token_latency=0.004, result_latency=0.004, faults=FAULTS, seed=10, outage_after=NUMBER // 2
         ) as api,
         Client(api.url, LIMIT) as client,
     ):
