@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import requests
@@ -26,8 +27,13 @@ def httpx2_get(url: str, timeout: float = LONG) -> None:
     httpx2.get(url, timeout=timeout).raise_for_status()
 
 
+@cache  # it reads the service's description, which takes longer than a call
+def botocore_session() -> botocore.session.Session:
+    return botocore.session.Session()
+
+
 def botocore_call(url: str, timeout: float = LONG) -> None:
-    client = botocore.session.Session().create_client(
+    client = botocore_session().create_client(
         "dynamodb",
         region_name="us-east-1",
         endpoint_url=url,
