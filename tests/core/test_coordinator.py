@@ -308,7 +308,7 @@ def _quiet() -> Iterator[None]:
 def machine(**variant: bool) -> Any:  # noqa: ANN401 - what unittest makes of it
     name = "_".join(name for name, on in variant.items() if on) or "stream"
     kind: Any = type(name, (CoordinatorMachine,), variant)
-    kind.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+    kind.TestCase.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
     return kind.TestCase
 
 

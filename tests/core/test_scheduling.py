@@ -145,9 +145,9 @@ def test_a_failed_batch_comes_back_whole_as_a_list_of_its_own(virtual: VirtualTi
 
 def test_failures_with_long_waits_keep_the_workers_busy(virtual: VirtualTime) -> None:
     rng = random.Random(1)
-    fails = {item: int(math.log(rng.random(), 0.2)) for item in range(40_000)}  # each attempt, one in five
+    fails = {item: int(math.log(rng.random(), 0.2)) for item in range(15_000)}  # each attempt, one in five
     results = Timed(virtual, 0.01, fails)
-    run_two_stage(range(40_000), each(int), results, batch_size=100, retry=retry_after(1))
+    run_two_stage(range(15_000), each(int), results, batch_size=100, retry=retry_after(1))
     fresh: dict[int, float] = {}
     for item, time in results.began:
         fresh.setdefault(item, time)

@@ -358,10 +358,8 @@ def test_all_faults_are_tried() -> None:
 def test_job_goes_through_each_fault_of_requests(
     name: str, share: float, quick: type[QuickApi], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, extras, below = extras_of(
-        capsys, "--items", "100", "--batch-size", "10", "--faults", f"{name}={share}"
-    )
-    assert below.endswith(": 100 items have their results.")
+    _, extras, below = extras_of(capsys, "--items", "50", "--batch-size", "5", "--faults", f"{name}={share}")
+    assert below.endswith(": 50 items have their results.")
     assert set().union(*(api.befallen for api in quick.apis)) == {name}
     for api, extra in zip(quick.apis, extras.values(), strict=True):
         if name == "spikes":
@@ -394,19 +392,19 @@ def test_client_gives_up_soon_only_if_requests_hang(
     "name", ["missing", "denied", "refused", "slots", "unprocessed", "expired", "pending"]
 )
 def test_job_goes_through_each_fault(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, extras, below = extras_of(capsys, "--items", "100", "--batch-size", "10", "--faults", f"{name}=0.1")
-    lasting = Counter(map(Faults({name: 0.1}, seed=7).lasting_status, range(100)))
+    _, extras, below = extras_of(capsys, "--items", "50", "--batch-size", "5", "--faults", f"{name}=0.1")
+    lasting = Counter(map(Faults({name: 0.1}, seed=7).lasting_status, range(50)))
     assert f": {lasting[None]} items have their results" in below
-    assert ("failed" in below) == (lasting[None] < 100) == (name in ("missing", "denied", "refused"))
+    assert ("failed" in below) == (lasting[None] < 50) == (name in ("missing", "denied", "refused"))
     alone = extras["one item a call"]
     if name in ("missing", "denied", "refused"):
         assert alone == 0  # a call for each item, and none for a token that is not there
     if name == "unprocessed":
         assert alone == 0  # no answer by key
     if name == "expired":
-        assert alone == 2 * sum(Faults({name: 0.1}, seed=7).is_expired(token_of(item)) for item in range(100))
+        assert alone == 2 * sum(Faults({name: 0.1}, seed=7).is_expired(token_of(item)) for item in range(50))
     if name == "pending":
-        assert alone == sum(map(Faults({name: 0.1}, seed=7).times_pending, map(token_of, range(100))))
+        assert alone == sum(map(Faults({name: 0.1}, seed=7).times_pending, map(token_of, range(50))))
 
 
 @pytest.mark.usefixtures("quick")

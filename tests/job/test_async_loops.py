@@ -369,8 +369,8 @@ def test_job_runs_on_each_kind_of_loop(
             yield number
 
     async def main() -> None:
-        for items in (source(range(300)), iter(range(300)), range(300)):
-            assert await arun_two_stage(items, double, double) == [4 * number for number in range(300)]
+        for items in (source(range(100)), iter(range(100)), range(100)):
+            assert await arun_two_stage(items, double, double) == [4 * number for number in range(100)]
         for endless in (source(itertools.count()), itertools.count()):
             job = asyncio.create_task(arun_two_stage(endless, double, double))
             await turns(50)

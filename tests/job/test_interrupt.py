@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 VISITS: Final = 2  # of a line: it may be reached in several states
-SHARES: Final = 5  # of the lines, of which a job is interrupted at one: the jobs have most lines in common
+SHARES: Final = 8  # of the lines, of which a job is interrupted at one: the jobs have most lines in common
 HALF: Final = (
     "twostage.run",
     "twostage.job.building",

@@ -91,7 +91,7 @@ def test_recorded_items_take_no_place_in_a_batch(path: Path) -> None:
 @pytest.mark.parametrize("settings", [{}, {"ordered": True}, {"batch_size": 10}], ids=str)
 def test_items_that_go_on_are_bounded_by_the_window(path: Path, settings: dict[str, Any]) -> None:
     """A consumer that stands still does not have all of a journal read."""
-    items = 2500
+    items = 1500
     broken = Api(token={f"token {item}": LookupError() for item in range(items)})
     journal = Journal(path, job="words")
     broken.run(range(items), journal=journal, return_exceptions=True)

@@ -74,7 +74,7 @@ def job(
 # --- the figures
 
 
-@pytest.mark.parametrize("limit", [8, 16, 64, 200])
+@pytest.mark.parametrize("limit", [8, 16, 64, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("latency", [(0.1, 0.1), (0.05, 0.15)], ids=["constant", "varied"])
 def test_limit_is_found_with_little_loss(limit: int, latency: tuple[float, float]) -> None:
     items = limit * 150

@@ -354,7 +354,9 @@ def test_success_after_patience_has_it_waited_for_again(
     virtual: VirtualTime, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = Api(virtual, 0.1, (5, 70), (75, 115))
-    outcomes = outcomes_of(range(4000), int, stage(results, patience=50.0), retry=quick(100, wait=2))
+    outcomes = outcomes_of(
+        range(1000), int, stage(results, workers=8, patience=50.0), retry=quick(100, wait=2)
+    )
     assert all(outcome.exception is None for outcome in outcomes)
     texts = ("down", "not waited for", "answers again")
     assert [len(said(caplog, text)) for text in texts] == [2, 1, 1]

@@ -352,8 +352,8 @@ def test_each_call_ends_once_whatever_is_started_taken_back_and_given_up_meanwhi
     hammer = Hammer()
     workers = rng.choice((1, 2, 5))
     with pool.alone(hammer.plain, hammer.awaited, workers=workers, attempt_timeout=attempt_timeout) as one:
-        waiting = deque(calls(range(1500)))
-        while len(one.ends) < 1500:
+        waiting = deque(calls(range(1000)))
+        while len(one.ends) < 1000:
             one.now += rng.choice((0, 1, 10))
             dice = rng.random()
             if dice < 0.6 and waiting:
@@ -365,11 +365,11 @@ def test_each_call_ends_once_whatever_is_started_taken_back_and_given_up_meanwhi
                 one.runner.give_up(one.now)
             elif one.runner.out:
                 one.step()
-            assert one.runner.out + len(waiting) + len(one.ends) == 1500
+            assert one.runner.out + len(waiting) + len(one.ends) == 1000
         until(lambda: hammer.running == 0)
         while one.runner.given_up:
             one.step()
-    assert ended(one).keys() == {*range(1500)}
+    assert ended(one).keys() == {*range(1000)}
     assert {*hammer.made.values()} == {1}
     assert hammer.most <= workers or (attempt_timeout is not None and not pool.awaits)
     for number, end in ended(one).items():

@@ -63,8 +63,9 @@ def executor(client: Client) -> Executor:
     return executor
 
 
-def test_killed_worker_loses_nothing_of_20_000_items(executor: Executor, tmp_path: Path) -> None:
-    number, size = 20_000, 500
+@pytest.mark.parametrize("number", [6_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_killed_worker_loses_nothing(executor: Executor, tmp_path: Path, number: int) -> None:
+    size = 500
     killed = tmp_path / "killed"
     with EmbeddedApi(token_latency=0.002, result_latency=0.002) as api:
         fetch_and_die = partial(fetch_results, api.url, token_of(number // 2 + 7), str(killed))

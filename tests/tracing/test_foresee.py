@@ -81,8 +81,8 @@ def took(items: int = 1000, seed: int = 0, **settings: Any) -> tuple[Trace, floa
 )
 def test_job_with_other_settings_takes_what_was_foretold(changes: dict[str, Any]) -> None:
     foresight = took()[0].what_if(**changes)
-    jobs = [took(seed=seed, **changes) for seed in range(1, 8)]
-    seconds, calls = sorted(job[1] for job in jobs)[3], sorted(job[2] for job in jobs)[3]
+    jobs = [took(seed=seed, **changes) for seed in range(1, 6)]
+    seconds, calls = sorted(job[1] for job in jobs)[2], sorted(job[2] for job in jobs)[2]
     assert foresight.seconds == pytest.approx(seconds, rel=0.1)
     assert foresight.calls == pytest.approx(calls, rel=0.02)
     low, high = foresight.band
