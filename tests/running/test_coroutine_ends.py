@@ -274,10 +274,21 @@ def test_second_sigint_gives_up_a_context_that_is_not_left() -> None:
 # --- scripts that end with something unfinished
 
 
-@pytest.mark.parametrize("executor", [False, True])
-@pytest.mark.parametrize("first", ["batches", "awaited_batches"])
+# Any two settings meet in the default run; the other combinations of the three are slow tests.
+CLEANUPS: Final = ["pass", "await asyncio.sleep(0.01)", "raise LookupError", "return token"]
+FIRSTS: Final = ["batches", "awaited_batches"]
+
+
 @pytest.mark.parametrize(
-    "cleanup", ["pass", "await asyncio.sleep(0.01)", "raise LookupError", "return token"]
+    ("executor", "first", "cleanup"),
+    [
+        pytest.param(
+            bool(executor), first, cleanup, marks=[pytest.mark.slow] * ((executor + number + place) % 2)
+        )
+        for executor in range(2)
+        for number, first in enumerate(FIRSTS)
+        for place, cleanup in enumerate(CLEANUPS)
+    ],
 )
 def test_script_that_leaves_a_stream_unfinished_ends_and_makes_no_more_calls(
     first: str, cleanup: str, *, executor: bool
