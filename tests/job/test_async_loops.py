@@ -410,6 +410,7 @@ def test_stream_made_without_a_loop_belongs_to_the_one_where_it_is_iterated() ->
 @pytest.fixture
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twostage.job.driver.LONGEST_GET", 0.002)
+    monkeypatch.setattr("twostage.running.tasks.LONGEST_CANCEL", 0.01)
 
 
 @pytest.mark.usefixtures("_looks_often")

@@ -139,16 +139,22 @@ SCRIPT = """
 """
 
 
+END, *OTHERS = [
+    ("", 0, ""),
+    ("raise ValueError('of the script')", 1, "ValueError: of the script"),
+    ("sys.exit(3)", 3, ""),
+]
+OURS, USERS = "None", "ThreadPoolExecutor(2)"
+
+
 @pytest.mark.parametrize(
-    ("last_line", "code", "last_word"),
+    ("executor", "last_line", "code", "last_word"),
     [
-        ("", 0, ""),
-        ("raise ValueError('of the script')", 1, "ValueError: of the script"),
-        ("sys.exit(3)", 3, ""),
+        (OURS, *END),
+        *(pytest.param(OURS, *one, marks=pytest.mark.slow) for one in OTHERS),  # half a second each
+        *((USERS, *one) for one in (END, *OTHERS)),
     ],
-    ids=["end", "exception", "exit"],
 )
-@pytest.mark.parametrize("executor", ["None", "ThreadPoolExecutor(2)"])
 def test_script_ends_though_an_iterator_is_left(
     last_line: str, code: int, last_word: str, executor: str
 ) -> None:

@@ -627,7 +627,7 @@ def test_end_and_giving_up_race_and_one_of_them_wins(seed: int) -> None:
     logging.disable()
     try:
         with switching():
-            for _ in range(3):
+            for _ in range(2):
                 results = iterate(
                     range(100),
                     Stage(fetch, workers=3, **settings),
