@@ -14,8 +14,8 @@ import pytest
 from common import PATIENCE, as_it_is, ours, source_of, until
 from fakes import each, stage
 from forms import Run, each_way
+from interrupting import Interrupter, World, interrupt, interrupt_everywhere
 from scripts import interrupt_when, running
-from test_interrupt import Interrupter, World, interrupt, interrupt_everywhere
 
 from twostage import iter_two_stage
 
