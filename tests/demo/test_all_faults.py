@@ -161,7 +161,7 @@ def test_job_goes_through_all_faults(form: Callable[..., list[Any]], *, many: bo
     assert list(FAULTS) == list(answers.FAULTS)
     with (
         EmbeddedApi(
-            token_latency=0.004, result_latency=0.004, faults=FAULTS, seed=10, outage_after=NUMBER // 2
+            token_latency=0.004, result_latency=0.004, faults=FAULTS, seed=8, outage_after=NUMBER // 2
         ) as api,
         Client(api.url, LIMIT) as client,
     ):

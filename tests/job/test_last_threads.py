@@ -139,20 +139,25 @@ SCRIPT = """
 """
 
 
-END, *OTHERS = [
-    ("", 0, ""),
-    ("raise ValueError('of the script')", 1, "ValueError: of the script"),
-    ("sys.exit(3)", 3, ""),
-]
-OURS, USERS = "None", "ThreadPoolExecutor(2)"
+ENDS = {
+    "end": ("", 0, ""),
+    "exception": ("raise ValueError('of the script')", 1, "ValueError: of the script"),
+    "exit": ("sys.exit(3)", 3, ""),
+}
 
 
 @pytest.mark.parametrize(
     ("executor", "last_line", "code", "last_word"),
     [
-        (OURS, *END),
-        *(pytest.param(OURS, *one, marks=pytest.mark.slow) for one in OTHERS),  # half a second each
-        *((USERS, *one) for one in (END, *OTHERS)),
+        pytest.param(
+            executor,
+            *end,
+            id=f"{executor}-{name}",
+            # Workers of our own go on for half a second: with one end of the three that is enough.
+            marks=[pytest.mark.slow] * (executor == "None" and name != "end"),
+        )
+        for executor in ("None", "ThreadPoolExecutor(2)")
+        for name, end in ENDS.items()
     ],
 )
 def test_script_ends_though_an_iterator_is_left(
