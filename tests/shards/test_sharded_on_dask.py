@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ def _no_thread_is_left() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     needs_clients("distributed")
-    # Not before other tests, as it has all exceptions known by then unpickle by tblib.
+    # It has all exceptions known by now pickled by tblib, which is not left to later tests.
+    pickled_by = dict(copyreg.dispatch_table)
     import dask  # noqa: PLC0415
     from distributed import Client, LocalCluster, utils  # noqa: PLC0415
 
@@ -54,6 +56,8 @@ def client() -> Iterator[Client]:
         yield client
         client.wait_for_workers(WORKERS, timeout=60)  # one that begins as its cluster closes can hang there
     utils._offload_executor.shutdown()  # other tests count threads
+    copyreg.dispatch_table.clear()
+    copyreg.dispatch_table.update(pickled_by)
 
 
 @pytest.fixture
